@@ -1,0 +1,78 @@
+"""Where files are: local paths, and every URI that pyarrow.fs or fsspec knows."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
+
+from actors.errors import ConfigError
+
+CHUNK_BYTES = 4 * 1024 * 1024
+
+
+def absolute(uri: str) -> str:
+    """Make a local path absolute, so that it means the same in every process; a URI stays as it is.
+
+    Args:
+        uri: A local path (`~` allowed) or a URI with a scheme.
+    """
+    if "://" in uri:
+        return uri.rstrip("/") if not uri.endswith("://") else uri
+    return str(Path(uri).expanduser().absolute())
+
+
+@lru_cache(maxsize=256)
+def locate(uri: str) -> tuple[FileSystem, str]:
+    """Open the file system of a URI or local path, once per process.
+
+    Args:
+        uri: A local path, a URI of pyarrow.fs (`file`, `s3`, `gs`, ...), or one of an installed fsspec protocol.
+
+    Returns:
+        The file system, and the path within it.
+
+    Raises:
+        ConfigError: If neither library knows the scheme.
+    """
+    if "://" not in uri:
+        return LocalFileSystem(), absolute(uri)
+    try:
+        return FileSystem.from_uri(uri)
+    except pa.ArrowInvalid as error:
+        return _locate_by_fsspec(uri, str(error))
+
+
+def _locate_by_fsspec(uri: str, reason: str) -> tuple[FileSystem, str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"no file system for {uri!r} ({reason}; {error})",
+            remedy="give a local path, or a URI such as file://, s3://, gs:// or of an installed fsspec protocol",
+        ) from error
+    return PyFileSystem(FSSpecHandler(filesystem)), path
+
+
+def is_local(filesystem: FileSystem) -> bool:
+    """Whether paths of this file system can be opened by the operating system."""
+    return isinstance(filesystem, LocalFileSystem)
+
+
+def file_digest(filesystem: FileSystem, path: str) -> str:
+    """The SHA-256 of a file in hexadecimal, read in chunks."""
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_stream(filesystem: FileSystem, path: str) -> bytes:
+    """All bytes of a file."""
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()

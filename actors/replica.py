@@ -1,0 +1,410 @@
+"""A replica: one model, and the tasks that the driver deals to it. Runs in a Ray actor or in this process.
+
+A task either finishes and has committed its output, or raises and has committed nothing: it can be dealt again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from actors.errors import ConfigError, WhenceError
+from actors.factors import (
+    correction_bundles,
+    covariance_bundles,
+    covariance_tensors,
+    fit_solver,
+    gradient_file,
+    load_selection,
+    part_folder,
+    read_layer_basis,
+    read_layer_queries,
+    read_token_factors,
+)
+from actors.model import load_model
+from actors.sequences import SequenceSource, StoredSequences, candidate_rows
+from actors.store import Artifact
+from actors.tasks import AgreementTask, Done, FidelityTask, GroupTask, QueryTask, ReplicaSpec, ScanTask
+from conf.schema import Contraction, ModelConfig
+from conf.schema import Dtype as DtypeName
+from conf.schema import Labels as LabelsKind
+from influence.batch import Batch
+from influence.correction import CorrectionSums
+from influence.covariance import CovarianceSums
+from influence.labels import Labels, SampledLabels, TrueLabels
+from influence.layers import LayerSelection, group_inputs, select_layers
+from influence.measurement import MEASUREMENTS, MeasuredQuery
+from influence.scoring import LayerQueries, plan_contractions
+from influence.solvers import apply
+from influence.worker import NonFiniteSequences, Precision, TokenFactors, Worker
+
+log = logging.getLogger(__name__)
+
+S = TypeVar("S", CovarianceSums, CorrectionSums)
+
+COVARIANCE_PASS = 0  # labels of the covariance and of the correction are independent draws
+CORRECTION_PASS = 1
+PROBE_TOKENS = 4
+
+
+class _Restart(Exception):
+    """Sums that were begun must be thrown away: memory ran out, or a sequence turned out not to be finite."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the allocator's, on a CPU or on a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "out of memory" in text)
+
+
+class Replica:
+    """A model with its tracked layers, and what can be asked of it."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        """Load the model.
+
+        Raises:
+            ConfigError: for a gang of several ranks, which this version does not start.
+        """
+        if spec.cluster.world_size != 1:
+            raise ConfigError(
+                f"cluster.world_size={spec.cluster.world_size}: this version runs replicas of one process only",
+                remedy="set cluster.world_size=1 and use cluster.replicas for parallelism",
+            )
+        torch.set_num_threads(spec.cluster.cpus_per_rank)
+        self.spec = spec
+        self.device = torch.device("cuda" if spec.cluster.gpus_per_rank > 0 else "cpu")
+        self.batch_size = spec.scan.batch_size
+        self.finished = 0  # sequences of the current task, for progress
+        self.worker, self.selection = self._load(spec.model, self._precision())
+        self._sources: dict[str, SequenceSource] = {}
+        self._queries: tuple[str, dict[str, LayerQueries]] | None = None
+        self._bases: tuple[str, dict] | None = None
+
+    def describe(self) -> LayerSelection:
+        """Which layers are tracked."""
+        return self.selection
+
+    def progress(self) -> int:
+        """Sequences that the current task has finished."""
+        return self.finished
+
+    # --- statistics -------------------------------------------------------------------------------------------------
+
+    def covariance(self, task: GroupTask) -> Done:
+        """Sum A and S over one group and commit the sums."""
+        started = time.perf_counter()
+        labels = self._labels(task, COVARIANCE_PASS)
+
+        def begin() -> CovarianceSums:
+            return CovarianceSums.empty(
+                self.selection, task.blocks, self.worker.precision.sums, device=str(self.device)
+            )
+
+        def step(batch: Batch, sums: CovarianceSums) -> None:
+            self.worker.accumulate_covariance(batch, labels, sums)
+
+        sums = self._sum_group(task, begin, step)
+        rows: dict[str, int] = {}
+        for number, layers in enumerate(covariance_bundles(self.selection.layers)):
+            tensors, counts = covariance_tensors(sums, layers)
+            rows |= counts
+            self._write_part(task, number, tensors)
+        return self._commit_part(task, sums, rows, started)
+
+    def correction(self, task: GroupTask) -> Done:
+        """Sum Λ over one group and commit the sums."""
+        assert task.bases is not None
+        started = time.perf_counter()
+        labels, bases = self._labels(task, CORRECTION_PASS), self._layer_bases(task.bases)
+
+        def begin() -> CorrectionSums:
+            return CorrectionSums.empty(self.selection, self.worker.precision.sums, self.device)
+
+        def step(batch: Batch, sums: CorrectionSums) -> None:
+            self.worker.accumulate_correction(batch, labels, bases, sums)
+
+        sums = self._sum_group(task, begin, step)
+        for number, layers in enumerate(correction_bundles(self.selection.layers)):
+            self._write_part(task, number, {layer.name: sums.sums[layer.name] for layer in layers})
+        return self._commit_part(task, sums, {}, started)
+
+    # --- queries ----------------------------------------------------------------------------------------------------
+
+    def query_gradients(self, task: QueryTask) -> Done:
+        """Write the exact gradient of each query's measurement, as factors over tokens."""
+        started, tokens, values = time.perf_counter(), 0, {}
+        by_layer: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in self.selection.layers}
+        for index, query_id, query in task.queries:
+            values[query_id], factors = self._query_gradient(task, query)
+            for name, factor in factors.items():
+                by_layer[name][f"{index}/grad"] = factor.grad_TO.cpu().contiguous()
+                by_layer[name][f"{index}/act"] = factor.act_TI.cpu().contiguous()
+            tokens += int(query.batch.lengths.sum())
+            self.finished += 1
+        for name, tensors in by_layer.items():
+            task.output.write_tensors(gradient_file(name, task.batch), tensors)
+        seconds = time.perf_counter() - started
+        done = {"queries": values, "tokens": tokens, "seconds": seconds}
+        task.output.write_json(f"parts/batch-{task.batch:04d}.json", done)
+        return Done(len(task.queries), tokens, seconds, result=values)
+
+    def fidelity(self, task: FidelityTask) -> Done:
+        """Scores of a sample by compressed and by full-rank queries: two [N, Q] tensors, as lists."""
+        started = time.perf_counter()
+        full = {
+            layer.name: LayerQueries(
+                len(task.queries), dense_QOI=self._full_queries(task, layer.name).to(self.worker.precision.sums)
+            )
+            for layer in self.selection.layers
+        }
+        compressed = self._subset(self._load_queries(task.compressed), task.queries)
+        both = [
+            torch.cat([block for _, block in self._score(task.sequences, task.sequence_ids, queries, self.worker)])
+            for queries in (compressed, full)
+        ]
+        return Done(
+            len(task.sequence_ids), 0, time.perf_counter() - started, result=[scores.double().tolist() for scores in both]
+        )
+
+    # --- scan -------------------------------------------------------------------------------------------------------
+
+    def scan(self, task: ScanTask) -> Done:
+        """Score one shard of candidates and commit a file of scores; scores that are not finite are set aside."""
+        started = time.perf_counter()
+        ids, feeds = candidate_rows(task.candidates, task.first, task.stop)
+        queries = self._planned_queries(task.queries, self._tokens(task.sequences))
+        order, blocks = [], []
+        for chosen, block in self._score(task.sequences, ids.tolist(), queries, self.worker):
+            order += chosen
+            blocks.append(block)
+        position = np.argsort(np.asarray(order))
+        scores = torch.cat(blocks).float().numpy()[position]
+        finite = np.isfinite(scores).all(axis=1)
+        excluded = dict.fromkeys(ids[~finite].tolist(), "its loss or gradient is not finite")
+        table = pa.table(
+            {
+                "sequence_id": pa.array(ids[finite], pa.int64()),
+                "feed": pa.array([feed for feed, good in zip(feeds, finite, strict=True) if good]).dictionary_encode(),
+                "scores": pa.FixedSizeListArray.from_arrays(
+                    pa.array(scores[finite].reshape(-1), pa.float32()), scores.shape[1]
+                ),
+            }
+        )
+        task.output.write_table(f"shard-{task.shard:06d}.parquet", table)
+        tokens = sum(len(row) for row in self._source(task.sequences).read(ids.tolist()))
+        done = {"sequences": len(ids), "tokens": tokens, "excluded": {str(key): why for key, why in excluded.items()}}
+        seconds = time.perf_counter() - started
+        task.output.write_json(f"parts/shard-{task.shard:06d}.json", done | {"seconds": seconds})
+        return Done(len(ids), tokens, seconds, excluded)
+
+    def agreement(self, task: AgreementTask) -> Done:
+        """Scores of a sample at the run's precision and in float32: two [N, Q] tensors, as lists."""
+        started = time.perf_counter()
+        reference = ModelConfig(**{**vars(self.spec.model), "dtype": DtypeName.float32})
+        exact, _ = self._load(reference, Precision())
+        queries = self._planned_queries(task.queries, self._tokens(task.sequences))
+        stored = {
+            name: value.to(torch.float32, torch.float32) for name, value in self._load_queries(task.queries).items()
+        }
+        both = [
+            torch.cat([block for _, block in self._score(task.sequences, task.sequence_ids, given, worker)])
+            for given, worker in ((queries, self.worker), (stored, exact))
+        ]
+        return Done(
+            len(task.sequence_ids), 0, time.perf_counter() - started, result=[scores.double().tolist() for scores in both]
+        )
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _load(self, model: ModelConfig, precision: Precision) -> tuple[Worker, LayerSelection]:
+        loaded = load_model(model, self.device)
+        selection = select_layers(loaded, model.layers)
+        probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
+        selection = group_inputs(loaded, selection, probe)
+        return Worker(loaded, selection, precision), selection
+
+    def _precision(self) -> Precision:
+        return Precision(
+            getattr(torch, self.spec.scan.product_dtype.name), getattr(torch, self.spec.scan.sum_dtype.name)
+        )
+
+    def _query_gradient(self, task: QueryTask, query: MeasuredQuery) -> tuple[float, dict[str, TokenFactors]]:
+        """The value of one query's measurement, and its gradient."""
+        measure = MEASUREMENTS[task.measurement.name]
+        measured: list[float] = []
+
+        def objective(logits_BTV: Tensor) -> Tensor:
+            values_B = measure(logits_BTV, query)
+            measured.append(float(values_B.detach().sum()))
+            return values_B
+
+        factors = self.worker.token_factors(query.batch.to(self.device), objective)
+        return measured[-1], factors
+
+    def _labels(self, task: GroupTask, pass_index: int) -> Labels:
+        return TrueLabels() if task.labels is LabelsKind.empirical else SampledLabels(task.seed, pass_index)
+
+    def _source(self, sequences: Artifact) -> SequenceSource:
+        if sequences.uri not in self._sources:
+            self._sources[sequences.uri] = StoredSequences(sequences)
+        return self._sources[sequences.uri]
+
+    def _tokens(self, sequences: Artifact) -> int:
+        index = sequences.read_json("index.json")
+        return max(1, round(index["tokens"] / index["sequences"]))
+
+    def _layer_bases(self, bases: Artifact) -> dict:
+        if self._bases is None or self._bases[0] != bases.uri:
+            dtype = self.worker.precision.product
+            loaded = {}
+            for layer in self.selection.layers:
+                basis = read_layer_basis(bases, layer)
+                loaded[layer.name] = type(basis)(
+                    basis.activation.to(dtype, self.device), basis.gradient.to(dtype, self.device)
+                )
+            self._bases = (bases.uri, loaded)
+        return self._bases[1]
+
+    def _load_queries(self, queries: Artifact) -> dict[str, LayerQueries]:
+        if self._queries is None or self._queries[0] != queries.uri:
+            count = len(queries.read_json("queries.json"))
+            names = [layer.name for layer in load_selection(queries).layers]
+            self._queries = (queries.uri, {name: read_layer_queries(queries, name, count) for name in names})
+            self._planned: dict[str, LayerQueries] | None = None
+        return self._queries[1]
+
+    def _planned_queries(self, queries: Artifact, tokens: int) -> dict[str, LayerQueries]:
+        """Queries with the contraction of every layer chosen, in the types of the products and of the sums."""
+        stored = self._load_queries(queries)
+        if self._planned is None:
+            choice = self._contractions(stored, tokens)
+            precision = self.worker.precision
+            self._planned = {
+                name: (value.densified() if choice[name] == "dense" else value).to(
+                    precision.product, precision.sums, self.device
+                )
+                for name, value in stored.items()
+            }
+        return self._planned
+
+    def _contractions(self, stored: dict[str, LayerQueries], tokens: int) -> dict[str, str]:
+        wanted = self.spec.scan.contraction
+        if wanted is not Contraction.auto:
+            return dict.fromkeys(stored, wanted.name)
+        layers = [layer for layer in self.selection.layers if layer.name in stored]
+        ranks = [stored[layer.name].total_rank for layer in layers]
+        count = next(iter(stored.values())).queries
+        return plan_contractions(layers, ranks, count, tokens, self.spec.scan.dense_memory)
+
+    def _full_queries(self, task: FidelityTask, name: str) -> Tensor:
+        layer = next(layer for layer in self.selection.layers if layer.name == name)
+        state, _ = fit_solver(task.solver, task.factors, layer, task.damping_factor)
+        factors = read_token_factors(task.gradients, name, task.queries)
+        return torch.stack([apply(state, factor.gradient()) for factor in factors])
+
+    def _subset(self, stored: dict[str, LayerQueries], chosen: Sequence[int]) -> dict[str, LayerQueries]:
+        dense = {name: value.densified().dense_QOI for name, value in stored.items()}
+        precision = self.worker.precision
+        return {
+            name: LayerQueries(len(chosen), dense_QOI=value[list(chosen)]).to(
+                precision.product, precision.sums, self.device
+            )
+            for name, value in dense.items()
+            if value is not None
+        }
+
+    def _score(
+        self, sequences: Artifact, ids: Sequence[int], queries: dict[str, LayerQueries], worker: Worker
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Scores of sequences, a micro-batch at a time; memory that runs out halves the micro-batch."""
+        rows = self._source(sequences).read(ids)
+        order = sorted(range(len(ids)), key=lambda index: (-len(rows[index]), ids[index]))
+        start, self.finished = 0, 0
+        while start < len(order):
+            chosen = order[start : start + self.batch_size]
+            batch = Batch.collate([ids[index] for index in chosen], [rows[index] for index in chosen]).to(self.device)
+            try:
+                block = worker.scores(batch, queries).scores_BQ.cpu()
+            except (RuntimeError, MemoryError) as error:
+                self._halve(error)
+                continue
+            yield [ids[index] for index in chosen], block
+            start += len(chosen)
+            self.finished = start
+
+    def _sum_group(
+        self, task: GroupTask, begin: Callable[[], S], step: Callable[[Batch, S], None]
+    ) -> S:
+        """Sum a statistic over a group, in the order of sequence ids; begun anew without sequences that fail."""
+        excluded: dict[int, str] = {}
+        while True:
+            sums = begin()
+            try:
+                self._add_group(task, sums, step, excluded)
+            except _Restart:
+                continue
+            sums.excluded |= excluded
+            return sums
+
+    def _add_group(
+        self, task: GroupTask, sums: S, step: Callable[[Batch, S], None], excluded: dict[int, str]
+    ) -> None:
+        ids = [index for index in task.sequence_ids if index not in excluded]
+        rows = self._source(task.sequences).read(ids)
+        self.finished = 0
+        for start in range(0, len(ids), self.batch_size):
+            stop = min(start + self.batch_size, len(ids))
+            batch = Batch.collate(ids[start:stop], rows[start:stop]).to(self.device)
+            try:
+                step(batch, sums)
+            except NonFiniteSequences as error:
+                log.warning("%s: set aside: %s", task, error)
+                excluded |= error.reasons
+                raise _Restart from error
+            except (RuntimeError, MemoryError) as error:
+                self._halve(error)
+                raise _Restart from error
+            self.finished = stop
+
+    def _halve(self, error: BaseException) -> None:
+        if not out_of_memory(error):
+            raise error
+        if self.batch_size == 1:
+            raise WhenceError(
+                "memory ran out with a micro-batch of one sequence",
+                remedy="shorten corpus.sequence_length, lower model.dtype, or use a larger machine",
+            ) from error
+        self.batch_size //= 2
+        log.warning(
+            "memory ran out: the micro-batch is now %d sequences; next time set scan.batch_size=%d",
+            self.batch_size,
+            self.batch_size,
+        )
+
+    def _write_part(self, task: GroupTask, number: int, tensors: dict[str, Tensor]) -> None:
+        name = f"{part_folder(task.group)}/bundle-{number:02d}.safetensors"
+        task.output.write_tensors(name, {key: value.cpu().contiguous() for key, value in tensors.items()})
+
+    def _commit_part(
+        self, task: GroupTask, sums: CovarianceSums | CorrectionSums, rows: dict[str, int], started: float
+    ) -> Done:
+        seconds = time.perf_counter() - started
+        done = {
+            "sequences": sums.sequences,
+            "tokens": sums.tokens,
+            "rows": rows,
+            "excluded": {str(key): why for key, why in sums.excluded.items()},
+            "seconds": seconds,
+        }
+        task.output.write_json(f"{part_folder(task.group)}/done.json", done)
+        return Done(sums.sequences, sums.tokens, seconds, dict(sums.excluded))

@@ -1,0 +1,117 @@
+"""What the driver asks of a replica: plain frozen data that names artifacts and sequences, never tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from actors.store import Artifact
+from conf.schema import ClusterConfig, Labels, Measurement, ModelConfig, ScanConfig
+from influence.measurement import MeasuredQuery
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """What a replica is made of; a replica that is replaced is made of the same."""
+
+    model: ModelConfig
+    scan: ScanConfig
+    cluster: ClusterConfig
+
+
+@dataclass(frozen=True)
+class GroupTask:
+    """Sum the statistics of one fixed group of sequences and commit them as one part.
+
+    Attributes:
+        output: the covariance or correction artifact that the part belongs to.
+        group: number of the group.
+        sequence_ids: its sequences, ascending.
+        sequences: the tokenised corpus.
+        labels: where pseudo-labels come from.
+        seed: of sampled labels.
+        blocks: diagonal blocks a side (covariance).
+        bases: the eigenbasis artifact (correction).
+    """
+
+    output: Artifact
+    group: int
+    sequence_ids: tuple[int, ...]
+    sequences: Artifact
+    labels: Labels
+    seed: int
+    blocks: int = 1
+    bases: Artifact | None = None
+
+    def __str__(self) -> str:
+        return f"group {self.group}"
+
+
+@dataclass(frozen=True)
+class QueryTask:
+    """Compute the gradients of one batch of queries' measurements and write them, one file a layer."""
+
+    output: Artifact
+    batch: int
+    queries: tuple[tuple[int, str, MeasuredQuery], ...]  # position in the file, query_id, tokens
+    measurement: Measurement
+
+    def __str__(self) -> str:
+        return "queries " + ", ".join(query_id for _, query_id, _ in self.queries)
+
+
+@dataclass(frozen=True)
+class FidelityTask:
+    """Score a sample of sequences with compressed and with full-rank queries."""
+
+    sequence_ids: tuple[int, ...]
+    sequences: Artifact
+    compressed: Artifact
+    gradients: Artifact
+    factors: Mapping[str, Artifact]
+    solver: str
+    damping_factor: float
+    queries: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"fidelity of queries {self.queries[0]}-{self.queries[-1]}"
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    """Score the candidates with sequence_id in [first, stop) and write one file of scores."""
+
+    output: Artifact
+    shard: int
+    first: int
+    stop: int
+    count: int
+    sequences: Artifact
+    candidates: Artifact
+    queries: Artifact
+
+    def __str__(self) -> str:
+        return f"scan shard {self.shard} (sequences {self.first} to {self.stop - 1})"
+
+
+@dataclass(frozen=True)
+class AgreementTask:
+    """Score a sample at the run's precision and in float32."""
+
+    sequence_ids: tuple[int, ...]
+    sequences: Artifact
+    queries: Artifact
+
+    def __str__(self) -> str:
+        return "agreement of precisions"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished task reports to the driver: counts, and small results."""
+
+    sequences: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    excluded: dict[int, str] = field(default_factory=dict)
+    result: object = None

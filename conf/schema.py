@@ -1,0 +1,226 @@
+"""The typed schema of a run: one frozen dataclass a config group.
+
+Hydra composes YAML files of the same names into these classes (`conf/*/*.yaml`); `conf.load.to_config` turns
+the composed tree into a `RunConfig` once, at the entry point. Nothing below the entry point sees a DictConfig.
+Every field that changes the bits of an artifact is part of that artifact's identity (see
+`pipelines.steps`), the others (threads, batch sizes, folders) are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+
+MISSING = "???"
+
+
+class Dtype(Enum):
+    """A floating-point type of weights, of products or of sums."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Solver(Enum):
+    """How a query gradient is preconditioned: the curvature that is inverted."""
+
+    ekfac = "ekfac"
+    kfac = "kfac"
+    identity = "identity"
+
+
+class Labels(Enum):
+    """Where the labels of pseudo-gradients come from: the model's own distribution, or the corpus."""
+
+    sampled = "sampled"
+    empirical = "empirical"
+
+
+class Measurement(Enum):
+    """What a query measures: log p(completion | prompt), a contrast of two completions, or a whole sequence."""
+
+    log_probability = "log_probability"
+    contrast = "contrast"
+    sequence_log_probability = "sequence_log_probability"
+
+
+class CorpusFormat(Enum):
+    """How corpus files are read; `auto` decides by the file's extension."""
+
+    auto = "auto"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    text = "text"
+    datasets = "datasets"
+
+
+class BadRecord(Enum):
+    """What happens to a record that cannot be used: the run stops, or the record is skipped and counted."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+class Contraction(Enum):
+    """How training gradients meet queries: two thin products, one formed gradient, or the cheaper of them."""
+
+    auto = "auto"
+    factored = "factored"
+    dense = "dense"
+
+
+class UnfilteredKind(Enum):
+    """Which sequences the unfiltered feed holds."""
+
+    all = "all"
+    sample = "sample"
+    none = "none"
+
+
+class PrefilterKind(Enum):
+    """Which prefilter proposes candidates to each query."""
+
+    bm25 = "bm25"
+    none = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The language model under study, and which of its linear layers are tracked."""
+
+    path: str = MISSING  # local folder or hub name that AutoModelForCausalLM loads
+    tokenizer: str | None = None  # where the tokenizer is, if not beside the model
+    revision: str | None = None  # of a hub name
+    layers: str = "mlp"  # mlp | attention | all | a regular expression over module names
+    dtype: Dtype = Dtype.float32  # of the weights and of the forward and backward pass
+    trust_remote_code: bool = False  # run code that comes with the model
+    attention: str | None = None  # transformers' attn_implementation; None is its default
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """The training corpus and how it becomes sequences of equal length."""
+
+    path: str = MISSING  # file, folder or glob; a local path or a URI
+    format: CorpusFormat = CorpusFormat.auto
+    text_field: str = "text"  # the column that holds a document
+    id_field: str | None = None  # a column that names a document; None numbers them
+    sequence_length: int = 512  # tokens a packed sequence
+    pack: bool = True  # False: every document starts its own sequence
+    add_bos: bool = True  # the tokenizer's BOS token, if it has one, before each document
+    add_eos: bool = True  # the tokenizer's EOS token, if it has one, after each document
+    collapse_newlines: bool = False  # runs of newlines become one
+    on_bad_record: BadRecord = BadRecord.fail
+    limit: int | None = None  # read only this many documents
+    part_bytes: int = 33_554_432  # the bytes of corpus that one tokenising task reads
+    shard_sequences: int = 4096  # sequences in a file of the tokenised corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorsConfig:
+    """The curvature: how it is estimated, and how it is inverted."""
+
+    solver: Solver = Solver.ekfac
+    samples: int | None = 10_000  # sequences for the covariance and for the correction; None is all
+    labels: Labels = Labels.sampled
+    blocks: int = 1  # Appendix A: blocks on each side of each layer
+    damping_factor: float = 0.1  # damping = factor * mean(correction), layer by layer
+    seed: int = 0  # of the choice of sequences
+    groups: int = 16  # fixed groups of sequences that are summed, committed and merged in order
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueriesConfig:
+    """The queries, what they measure, and how their preconditioned gradients are compressed."""
+
+    path: str = MISSING  # JSONL of query_id, prompt, completion[, contrast]
+    measurement: Measurement = Measurement.log_probability
+    rank: str = "32"  # mean rank over layers, or `full`
+    fidelity: float | None = None  # correlation with full-rank scores that ranks are chosen to meet; overrides rank
+    fidelity_sample: int = 64  # sequences scored both ways to measure it; 0 turns it off
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefilterConfig:
+    """The BM25 TF-IDF prefilter of Section 3.2.1."""
+
+    kind: PrefilterKind = PrefilterKind.bm25
+    top: int = 10_000  # candidates a query
+    k1: float = 1.5  # of Equation 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnfilteredConfig:
+    """The unfiltered feed: all of the corpus, or a seeded sample of it."""
+
+    kind: UnfilteredKind = UnfilteredKind.sample
+    sequences: int = 100_000  # of a sample
+    seed: int = 0  # of the choice of sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanConfig:
+    """The gradient scan and how its products are computed."""
+
+    batch_size: int = 8  # sequences a micro-batch; halved and retried when memory runs out
+    shard_sequences: int = 512  # candidates in one unit of work
+    contraction: Contraction = Contraction.auto
+    product_dtype: Dtype = Dtype.float32  # operands of the products
+    sum_dtype: Dtype = Dtype.float32  # sums of products, covariances and scores
+    agreement_sample: int = 32  # sequences scored again in float32 where product_dtype or model dtype is lower
+    dense_memory: int = 1_073_741_824  # bytes that full-rank queries of all layers may take in a replica
+    nonfinite_share: float = 0.001  # of sequences that may be set aside before a stage fails
+    top: int = 100  # sequences a query in top.parquet
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the run happens."""
+
+    address: str = "local"  # local starts Ray here; auto or an address joins a cluster
+    replicas: int = 1  # copies of the model that work side by side
+    world_size: int = 1  # ranks a replica
+    cpus_per_rank: int = 1  # also the number of threads of a rank
+    gpus_per_rank: float = 0.0  # a fraction lets ranks share a GPU
+    num_cpus: int | None = None  # CPUs that a local Ray promises; None asks the machine
+    progress_seconds: float = 10.0  # between lines of progress in a log
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What the report shows."""
+
+    title: str | None = None  # None is the name of the run
+    sequences: int = 20  # top sequences a query
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    store: str = ".whence/store"  # artifacts, shared by runs; a local path or a URI
+    name: str = "trace"  # of the run; its folder is runs/<name>/<time>
+    seed: int = 0  # of sampled labels
+    model: ModelConfig = field(default_factory=ModelConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    factors: FactorsConfig = field(default_factory=FactorsConfig)
+    queries: QueriesConfig = field(default_factory=QueriesConfig)
+    prefilter: PrefilterConfig = field(default_factory=PrefilterConfig)
+    unfiltered: UnfilteredConfig = field(default_factory=UnfilteredConfig)
+    scan: ScanConfig = field(default_factory=ScanConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+def plain(value: object) -> object:
+    """Turn a config (or a part of it) into JSON-able data: enums by name, dataclasses as dicts."""
+    if isinstance(value, Enum):
+        return value.name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

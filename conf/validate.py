@@ -1,0 +1,275 @@
+"""Which values are allowed: key by key, then of keys together. All problems are found in one pass."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from conf.keys import PATHS, Key, group_classes, keys, written
+from conf.problems import ConfigProblems, Problem, did_you_mean
+from conf.schema import MISSING, Dtype, PrefilterKind, RunConfig, UnfilteredKind
+
+WIDE = (Dtype.float32, Dtype.float64)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a key allows beyond its type."""
+
+    text: str
+    allows: Callable[[Any], bool]
+
+
+def at_least(least: float) -> Limit:
+    """Numbers of `least` and more."""
+    return Limit(f"at least {least}", lambda value: value >= least)
+
+
+def above(bound: float) -> Limit:
+    """Numbers above `bound`."""
+    return Limit(f"above {bound}", lambda value: value > bound)
+
+
+def _is_layers(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return bool(value)
+
+
+def _is_rank(value: str) -> bool:
+    return value == "full" or (value.isascii() and value.isdigit() and int(value) > 0)
+
+
+FOLDER_NAME = Limit("letters, digits and . _ -", lambda value: re.fullmatch(r"\w[\w.-]*", value) is not None)
+NOT_EMPTY = Limit("not empty", lambda value: bool(value.strip()))
+SEED = Limit("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+
+LIMITS: Mapping[str, Limit] = {
+    "store": NOT_EMPTY,
+    "name": FOLDER_NAME,
+    "seed": SEED,
+    "model.path": NOT_EMPTY,
+    "model.layers": Limit("mlp, attention, all or a regular expression over module names", _is_layers),
+    "corpus.path": NOT_EMPTY,
+    "corpus.text_field": NOT_EMPTY,
+    "corpus.sequence_length": at_least(2),
+    "corpus.limit": at_least(1),
+    "corpus.part_bytes": at_least(1),
+    "corpus.shard_sequences": at_least(1),
+    "factors.samples": at_least(1),
+    "factors.blocks": at_least(1),
+    "factors.damping_factor": above(0),
+    "factors.seed": SEED,
+    "factors.groups": at_least(1),
+    "queries.path": NOT_EMPTY,
+    "queries.rank": Limit("a whole number of at least 1, or full", _is_rank),
+    "queries.fidelity": Limit("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "queries.fidelity_sample": at_least(0),
+    "prefilter.top": at_least(1),
+    "prefilter.k1": at_least(0),
+    "unfiltered.sequences": at_least(1),
+    "unfiltered.seed": SEED,
+    "scan.batch_size": at_least(1),
+    "scan.shard_sequences": at_least(1),
+    "scan.sum_dtype": Limit("float32 or wider", lambda value: value in WIDE),
+    "scan.agreement_sample": at_least(0),
+    "scan.dense_memory": at_least(0),
+    "scan.nonfinite_share": Limit("from 0 to 1", lambda value: 0 <= value <= 1),
+    "scan.top": at_least(1),
+    "cluster.address": NOT_EMPTY,
+    "cluster.replicas": at_least(1),
+    "cluster.world_size": at_least(1),
+    "cluster.cpus_per_rank": at_least(1),
+    "cluster.gpus_per_rank": at_least(0),
+    "cluster.num_cpus": at_least(1),
+    "cluster.progress_seconds": above(0),
+    "report.sequences": at_least(1),
+}
+
+NAMES: Mapping[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def allowed(key: Key) -> str:
+    """What a key allows, in words."""
+    limit = LIMITS.get(key.name)
+    if issubclass(key.kind, Enum):
+        text = ", ".join(member.name for member in key.kind if limit is None or limit.allows(member))
+    elif limit is None:
+        text = NAMES[key.kind]
+    elif key.kind is str:
+        text = limit.text
+    else:
+        text = f"{NAMES[key.kind]}, {limit.text}"
+    return f"{text}; or null" if key.optional else text
+
+
+def read_value(key: Key, value: object) -> Any:
+    """Turn a value of YAML into one of the schema.
+
+    Args:
+        key: The setting.
+        value: A scalar as YAML or the command line gave it.
+
+    Returns:
+        The value in the key's type; `schema.MISSING` stays as it is.
+
+    Raises:
+        ValueError: It is not among what the key allows; the message says what is.
+    """
+    if value is None and key.optional:
+        return None
+    if value == MISSING and key.name in PATHS:
+        return MISSING
+    refusal = ValueError(f"allowed: {allowed(key)}")
+    if issubclass(key.kind, Enum):
+        names = [member.name for member in key.kind]
+        if isinstance(value, key.kind):
+            converted: Any = value
+        elif isinstance(value, str) and value in names:
+            converted = key.kind[value]
+        else:
+            raise ValueError(f"{refusal}.{did_you_mean(str(value), names)}")
+    else:
+        converted = _read_scalar(key.kind, value)
+    limit = LIMITS.get(key.name)
+    if converted is None or (limit is not None and not limit.allows(converted)):
+        raise refusal
+    return converted
+
+
+def _read_scalar(kind: type, value: object) -> Any:
+    """The value as a bool, int, float or str; None if it is something else."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is bool:
+        return value if isinstance(value, bool) else None
+    if kind is str:
+        return str(value) if isinstance(value, str) or number else None
+    if not number or not math.isfinite(value):  # type: ignore[arg-type]
+        return None
+    if kind is float:
+        return float(value)  # type: ignore[arg-type]
+    return int(value) if value == int(value) else None  # type: ignore[call-overload]
+
+
+def build(settings: Mapping[str, object], *, complete: bool, cwd: str) -> RunConfig:
+    """Make the typed config from settings by key, or say everything that is wrong with them.
+
+    Args:
+        settings: Values by full key, `factors.blocks`; a key that is absent takes the schema's default.
+        complete: Whether model, corpus and queries must be given and, on this machine, be there.
+        cwd: The folder that relative paths start from.
+
+    Raises:
+        ConfigProblems: With every problem.
+    """
+    known = keys()
+    problems = [unknown_key(name, given) for name, given in settings.items() if name not in known]
+    values: dict[str, Any] = {}
+    for name, key in known.items():
+        values[name] = key.default
+        try:
+            values[name] = read_value(key, settings.get(name, key.default))
+        except ValueError as error:
+            problems.append(Problem(f"{name}={written(settings[name])}", str(error), (name,)))
+    wrong = {name for problem in problems for name in problem.keys}
+    config = _assemble(_absolute_paths(values, cwd))
+    rules = (*RULES, *(COMPLETE if complete else ()))
+    problems += [found for rule in rules for found in rule(config) if not wrong & set(found.keys)]
+    if problems:
+        raise ConfigProblems(problems)
+    return config
+
+
+def unknown_key(name: str, given: object) -> Problem:
+    """The problem of a key that the schema lacks, with what may have been meant."""
+    group = name.partition(".")[0]
+    inside = [key.field for key in keys().values() if key.group == group] if "." in name else []
+    listing = f" Keys of {group}: {', '.join(inside)}." if inside else ""
+    reason = f"there is no such key.{did_you_mean(name, (*keys(), *group_classes()))}{listing}"
+    return Problem(f"{name}={written(given)}", reason, (name,))
+
+
+def _assemble(values: Mapping[str, Any]) -> RunConfig:
+    groups = {
+        name: cls(**{key.field: values[key.name] for key in keys().values() if key.group == name})
+        for name, cls in group_classes().items()
+    }
+    return RunConfig(**{key.name: values[key.name] for key in keys().values() if not key.group}, **groups)
+
+
+def _absolute_paths(values: dict[str, Any], cwd: str) -> dict[str, Any]:
+    """Local paths start at `cwd`; URIs stay, and so do names of models that no folder has."""
+
+    def absolute(path: str) -> str:
+        return os.path.normpath(os.path.join(cwd, os.path.expanduser(path)))
+
+    found = dict(values)
+    for name in ("store", *PATHS, "model.tokenizer"):
+        path = values[name]
+        if path in (None, MISSING, "") or "://" in path:
+            continue
+        hub = name.startswith("model.") and not _looks_local(path) and not os.path.exists(absolute(path))
+        found[name] = path if hub else absolute(path)
+    return found
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith(("/", "./", "../", "~"))
+
+
+def _something_to_scan(config: RunConfig) -> Iterator[Problem]:
+    if config.prefilter.kind is PrefilterKind.none and config.unfiltered.kind is UnfilteredKind.none:
+        reason = "there is nothing to scan. Allowed: prefilter=bm25, unfiltered=sample, unfiltered=all, or both feeds"
+        yield Problem("prefilter.kind=none with unfiltered.kind=none", reason, ("prefilter.kind", "unfiltered.kind"))
+
+
+def _cpus_suffice(config: RunConfig) -> Iterator[Problem]:
+    cluster = config.cluster
+    wanted = cluster.replicas * cluster.world_size * cluster.cpus_per_rank
+    if cluster.address == "local" and cluster.num_cpus is not None and wanted > cluster.num_cpus:
+        parts = ("cluster.replicas", "cluster.world_size", "cluster.cpus_per_rank")
+        reason = f"{' x '.join(parts)} asks for {wanted} CPUs. Allowed: a whole number, at least {wanted}; or null"
+        yield Problem(f"cluster.num_cpus={cluster.num_cpus}", reason, ("cluster.num_cpus", *parts))
+
+
+def _one_rank(config: RunConfig) -> Iterator[Problem]:
+    if config.cluster.world_size > 1:
+        reason = "replicas that are sharded over ranks come with a later release. Allowed: 1"
+        yield Problem(f"cluster.world_size={config.cluster.world_size}", reason, ("cluster.world_size",))
+
+
+def _paths_given(config: RunConfig) -> Iterator[Problem]:
+    for name, path in zip(PATHS, (config.model.path, config.corpus.path, config.queries.path), strict=True):
+        if path == MISSING:
+            reason = f"must be given: {keys()[name].meaning}. For example {name}=..., or an experiment that sets it"
+            yield Problem(name, reason, (name,))
+
+
+def _paths_exist(config: RunConfig) -> Iterator[Problem]:
+    """Paths on this machine; those of a cluster are for its nodes to find."""
+    if config.cluster.address != "local":
+        return
+    paths = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "corpus.path": config.corpus.path,
+        "queries.path": config.queries.path,
+    }
+    for name, path in paths.items():
+        if path in (None, MISSING) or "://" in path or (name.startswith("model.") and not _looks_local(path)):
+            continue
+        if not os.path.exists(path) and not glob.glob(path, recursive=True):
+            yield Problem(f"{name}={path}", f"nothing is there. Allowed: {keys()[name].meaning}", (name,))
+
+
+Rule = Callable[[RunConfig], Iterator[Problem]]
+RULES: tuple[Rule, ...] = (_something_to_scan, _cpus_suffice, _one_rank)
+COMPLETE: tuple[Rule, ...] = (_paths_given, _paths_exist)

@@ -1,0 +1,81 @@
+"""Eigenbases of the covariance factors (Equation 18), in float64, block by block.
+
+x_NI: rows to rotate, I coordinates over all blocks; vectors_bb: columns are eigenvectors of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence.covariance import block_slices
+
+
+@dataclass(frozen=True)
+class BlockBasis:
+    """An orthonormal basis Q with eigenvalues, block-diagonal with one or more blocks (Appendix A)."""
+
+    vectors: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates over all blocks."""
+        return sum(block.shape[0] for block in self.vectors)
+
+    @property
+    def all_values(self) -> Tensor:
+        """Eigenvalues of all blocks, in the order of the rotated coordinates; [I]."""
+        return torch.cat(list(self.values))
+
+    def rotate(self, x_NI: Tensor) -> Tensor:
+        """Coordinates in the basis, x Q; N·Σ b² multiply-adds."""
+        return self._apply(x_NI, [vectors for vectors in self.vectors])
+
+    def unrotate(self, x_NI: Tensor) -> Tensor:
+        """Back from the basis, x Qᵀ."""
+        return self._apply(x_NI, [vectors.T for vectors in self.vectors])
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> BlockBasis:
+        """The same basis in another type or on another device."""
+        return BlockBasis(
+            tuple(vectors.to(device=device, dtype=dtype) for vectors in self.vectors),
+            tuple(values.to(device=device, dtype=dtype) for values in self.values),
+        )
+
+    def _apply(self, x_NI: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        if len(matrices) == 1:
+            return x_NI @ matrices[0].to(x_NI.dtype)
+        parts = block_slices(self.size, len(matrices))
+        return torch.cat(
+            [x_NI[..., part] @ matrix.to(x_NI.dtype) for part, matrix in zip(parts, matrices, strict=True)], dim=-1
+        )
+
+
+def eigenbasis(name: str, blocks: Sequence[Tensor]) -> BlockBasis:
+    """Eigendecompose a covariance factor, A = Q_A Λ_A Q_Aᵀ or S = Q_S Λ_S Q_Sᵀ (Equation 18).
+
+    Args:
+        name: what the factor is of, for error messages.
+        blocks: its symmetric diagonal blocks.
+
+    Returns:
+        The basis in float64, eigenvalues ascending in each block and clamped at zero (a covariance has none below).
+
+    Raises:
+        ValueError: naming the factor, if it holds a NaN or an infinity or if the decomposition does not converge.
+    """
+    vectors, values = [], []
+    for index, block in enumerate(blocks):
+        if not bool(torch.isfinite(block).all()):
+            raise ValueError(f"covariance factor {name}, block {index}: holds values that are not finite")
+        try:
+            eigenvalues, eigenvectors = torch.linalg.eigh(block.to(torch.float64))
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"covariance factor {name}, block {index}: no eigendecomposition ({error})") from error
+        vectors.append(eigenvectors)
+        values.append(eigenvalues.clamp_min(0))
+    return BlockBasis(tuple(vectors), tuple(values))

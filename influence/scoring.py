@@ -1,0 +1,209 @@
+"""Contraction of training gradients with preconditioned queries, in the cheaper order.
+
+act_BTI, grad_BTO: as captured; left_OR, right_IR: packed factors of all queries, R the sum of their ranks; owner_R: the query that
+each column belongs to; dense_QOI: full-rank queries; scores_BQ, tokens_BTQ.
+
+Influence is positive where training on the sequence raises the measurement: I = ⟨V_q, G_m⟩ with V_q = (G + λ)⁻¹ ∇f
+and G_m = ∇ log p(z_m) (Equation 25 with L = −log p).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from influence.capture import Use, homogeneous
+from influence.correction import GRADIENT_BYTES
+from influence.layers import TrackedLayer
+
+
+@dataclass(frozen=True)
+class LayerQueries:
+    """All queries of one layer, as packed factors (V_q = L_q R_qᵀ), as full matrices, or as both.
+
+    Attributes:
+        left_OR: the columns of every L_q, side by side; None where only full matrices are at hand.
+        right_IR: the columns of every R_q in the same order.
+        owner_R: index of the query of each column.
+        dense_QOI: full matrices; None where only factors are at hand.
+        queries: number of queries.
+    """
+
+    queries: int
+    left_OR: Tensor | None = None
+    right_IR: Tensor | None = None
+    owner_R: Tensor | None = None
+    dense_QOI: Tensor | None = None
+
+    @property
+    def total_rank(self) -> int:
+        """Sum of the ranks of all queries."""
+        return 0 if self.left_OR is None else self.left_OR.shape[1]
+
+    @cached_property
+    def columns_NQ(self) -> Tensor:
+        """Full matrices as columns, N = O·I; laid out for the product with flattened gradients."""
+        assert self.dense_QOI is not None
+        return self.dense_QOI.flatten(1).T.contiguous()
+
+    @cached_property
+    def columns_and_bias(self) -> tuple[Tensor, Tensor]:
+        """The same with the bias, the last column of each matrix, apart: [O·(I − 1), Q] and [O, Q]."""
+        assert self.dense_QOI is not None
+        weights = self.dense_QOI[..., :-1].flatten(1).T.contiguous()
+        return weights, self.dense_QOI[..., -1].T.contiguous()
+
+    def densified(self) -> LayerQueries:
+        """The same queries with their full matrices formed; Q·I·O numbers."""
+        if self.dense_QOI is not None:
+            return LayerQueries(self.queries, dense_QOI=self.dense_QOI)
+        assert self.left_OR is not None
+        assert self.right_IR is not None
+        assert self.owner_R is not None
+        dense_QOI = self.left_OR.new_zeros(self.queries, self.left_OR.shape[0], self.right_IR.shape[0])
+        for query in range(self.queries):
+            mine = self.owner_R == query
+            dense_QOI[query] = self.left_OR[:, mine] @ self.right_IR[:, mine].T
+        return LayerQueries(self.queries, dense_QOI=dense_QOI)
+
+    def to(self, product: torch.dtype, sums: torch.dtype, device: torch.device | str | None = None) -> LayerQueries:
+        """The same queries for a worker: factors in the type of products, full matrices in the type of sums."""
+
+        def moved(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            return None if tensor is None else tensor.to(device=device, dtype=dtype)
+
+        owner = None if self.owner_R is None else self.owner_R.to(device=device)
+        return LayerQueries(
+            self.queries, moved(self.left_OR, product), moved(self.right_IR, product), owner, moved(self.dense_QOI, sums)
+        )
+
+
+def factored_cost(tokens: int, inputs: int, outputs: int, total_rank: int) -> int:
+    """Multiply-adds a sequence of two thin products for all queries: T·ΣR·(I + O)."""
+    return tokens * total_rank * (inputs + outputs)
+
+
+def dense_cost(tokens: int, inputs: int, outputs: int, queries: int) -> int:
+    """Multiply-adds a sequence to form the gradient and meet it with full queries: I·O·(T + Q)."""
+    return inputs * outputs * (tokens + queries)
+
+
+def plan_contractions(
+    layers: Sequence[TrackedLayer],
+    total_ranks: Sequence[int],
+    queries: int,
+    tokens: int,
+    memory: int,
+    itemsize: int = 4,
+) -> dict[str, str]:
+    """Choose `dense` or `factored` for each layer.
+
+    A layer goes dense where that costs fewer multiply-adds and its full queries, Q·I·O numbers, still fit in `memory`; where
+    not all fit, those that save most for a byte come first.
+
+    Args:
+        layers: tracked layers.
+        total_ranks: sum of ranks over queries for each layer.
+        queries: Q.
+        tokens: T of a sequence.
+        memory: bytes that full-rank queries may take.
+        itemsize: bytes of a number.
+    """
+    savings = []
+    for layer, rank in zip(layers, total_ranks, strict=True):
+        saved = factored_cost(tokens, layer.columns, layer.outputs, rank) - dense_cost(
+            tokens, layer.columns, layer.outputs, queries
+        )
+        size = queries * layer.columns * layer.outputs * itemsize
+        savings.append((saved / size, saved, size, layer.name))
+    choice = {layer.name: "factored" for layer in layers}
+    for _, saved, size, name in sorted(savings, key=lambda item: (-item[0], item[3])):
+        if saved > 0 and size <= memory:
+            choice[name] = "dense"
+            memory -= size
+    return choice
+
+
+def layer_scores(
+    layer: TrackedLayer, uses: Sequence[Use], queries: LayerQueries, product: torch.dtype, sums: torch.dtype
+) -> Tensor:
+    """One layer's share of the scores (Equation 30); [B, Q].
+
+    Args:
+        layer: the layer.
+        uses: inputs and output gradients of the micro-batch.
+        queries: factors in the type of the products, full matrices in the type of the sums; the latter are used where given.
+        product: type of the operands of the products.
+        sums: type of the result.
+    """
+    if queries.dense_QOI is not None:
+        return _dense_scores(layer, uses, queries, product, sums)
+    return _factored_scores(layer, uses, queries, product, sums)
+
+
+def _dense_scores(
+    layer: TrackedLayer, uses: Sequence[Use], queries: LayerQueries, product: torch.dtype, sums: torch.dtype
+) -> Tensor:
+    step = max(1, GRADIENT_BYTES // (4 * layer.outputs * layer.columns))
+    parts = []
+    for start in range(0, uses[0].act_BTI.shape[0], step):
+        part = [Use(use.act_BTI[start : start + step], use.grad_BTO[start : start + step]) for use in uses]
+        if layer.bias:  # the bias's gradient is Σ_t Ds_t: no column of ones is multiplied
+            weights_NQ, bias_OQ = queries.columns_and_bias
+            bias_bO = torch.stack([use.grad_BTO.sum(1, dtype=sums) for use in part]).sum(0)
+            scores_bQ = bias_bO @ bias_OQ
+        else:
+            weights_NQ, scores_bQ = queries.columns_NQ, 0
+        parts.append(_formed(part, product).to(sums).flatten(1) @ weights_NQ + scores_bQ)
+    return torch.cat(parts)
+
+
+def _formed(uses: Sequence[Use], product: torch.dtype) -> Tensor:
+    """Σ_t Ds_t a_tᵀ of each sequence, without the bias; [b, O, I − bias]."""
+    formed = [torch.bmm(use.grad_BTO.to(product).transpose(1, 2), use.act_BTI.to(product)) for use in uses]
+    return formed[0] if len(formed) == 1 else torch.stack(formed).sum(0)
+
+
+def _columnwise(layer: TrackedLayer, use: Use, queries: LayerQueries, product: torch.dtype) -> Tensor:
+    """(Ds_tᵀ l_r) · (r_rᵀ ā_t) for every token and packed column; [B, T, R]."""
+    assert queries.left_OR is not None
+    assert queries.right_IR is not None
+    act = use.act_BTI.to(product)
+    right = queries.right_IR
+    seen_BTR = act @ right[:-1] + right[-1] if layer.bias else act @ right
+    return (use.grad_BTO.to(product) @ queries.left_OR).mul_(seen_BTR)
+
+
+def _factored_scores(
+    layer: TrackedLayer, uses: Sequence[Use], queries: LayerQueries, product: torch.dtype, sums: torch.dtype
+) -> Tensor:
+    assert queries.owner_R is not None
+    total = torch.zeros(uses[0].act_BTI.shape[0], queries.queries, dtype=sums, device=uses[0].act_BTI.device)
+    for use in uses:
+        by_column_BR = _columnwise(layer, use, queries, product).sum(1, dtype=sums)
+        total.index_add_(1, queries.owner_R, by_column_BR)
+    return total
+
+
+def token_scores(
+    layer: TrackedLayer, uses: Sequence[Use], queries: LayerQueries, product: torch.dtype, sums: torch.dtype
+) -> Tensor:
+    """One layer's share of the scores, token by token (Equation 31); [B, T, Q].
+
+    Sums over tokens to `layer_scores`, up to rounding.
+    """
+    shape = (*uses[0].act_BTI.shape[:2], queries.queries)
+    total = torch.zeros(shape, dtype=sums, device=uses[0].act_BTI.device)
+    for use in uses:
+        if queries.dense_QOI is not None:
+            act_BTI = homogeneous(use.act_BTI, layer.bias).to(product)
+            for query, full_OI in enumerate(queries.dense_QOI):
+                total[..., query] += ((act_BTI @ full_OI.T) * use.grad_BTO.to(product)).sum(-1, dtype=sums)
+        else:
+            assert queries.owner_R is not None
+            total.index_add_(2, queries.owner_R, _columnwise(layer, use, queries, product).to(sums))
+    return total

@@ -1,0 +1,40 @@
+"""whence: which training sequences made a language model say this?
+
+    from pipelines import trace
+    result = trace("model.path=...", "corpus.path=...", "queries.path=...")
+    result.top.to_pandas()
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.tracing import TraceResult
+
+__all__ = ["trace"]
+
+
+def trace(*overrides: str, run_dir: str | Path | None = None) -> TraceResult:
+    """Run a trace from Python, as `whence trace OVERRIDES` does from a shell.
+
+    Args:
+        overrides: Hydra overrides, such as `"model.path=gpt2"` and `"queries.rank=64"`.
+        run_dir: folder of the run; by default one under `runs/` named by date and time.
+
+    Returns:
+        The run's folder, summary, top sequences and scores.
+
+    Raises:
+        ConfigProblems: listing every setting that is not allowed.
+        WhenceError: for bad input or work that keeps failing.
+    """
+    from datetime import datetime
+
+    from conf.load import compose_config
+    from pipelines.tracing import run_trace
+
+    config = compose_config(list(overrides))
+    folder = run_dir or Path("runs") / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    return run_trace(config, folder)

@@ -1,0 +1,205 @@
+"""Train the almanac's tokenizer and its small Llama, until the model completes the facts that it will be asked about.
+
+Legend: B documents, T positions. `input_ids_BT` is right-padded; every position predicts the next one, padding nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipelines.almanac.world import Query, World
+
+logger = logging.getLogger(__name__)
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """The parameters of the model and of its training."""
+
+    version: int = 1
+    seed: int = 0
+    hidden: int = 96
+    intermediate: int = 256
+    layers: int = 3
+    heads: int = 4
+    context: int = 64
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    epochs: int = 16  # the learning rate falls to a tenth over them
+    most_epochs: int = 32  # if the facts are not learned by then, training goes on at the low rate up to here
+    accuracy: float = 0.95  # of the queries, completed greedily
+    threads: int = 2
+    freeze: str = ''
+    estd: float = 0.1
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training reached: mean loss a token of the last epoch, and the share of queries completed greedily."""
+
+    loss: float
+    accuracy: float
+    epochs: int
+    parameters: int
+    vocabulary: int
+    seconds: float
+
+
+def train(world: World, spec: TrainSpec, folder: Path) -> Training:
+    """Train on all documents of a world and save model and tokenizer in one folder.
+
+    Args:
+        world: The documents to learn, and the queries that must be completed.
+        spec: The parameters; the result is deterministic on one machine.
+        folder: Where `save_pretrained` puts both.
+
+    Returns:
+        What training reached. An accuracy below `spec.accuracy` is logged as a warning, not raised.
+    """
+    start = time.perf_counter()
+    tokenizer = train_tokenizer([document.text for document in world.documents])
+    tokenizer.save_pretrained(folder)
+    rows = [encode(tokenizer, document.text, spec.context) for document in world.documents]
+    with _threads(spec.threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = LlamaForCausalLM(_llama(tokenizer, spec))
+        for n,p in model.named_parameters():
+            if ('e' in spec.freeze and 'embed_tokens' in n) or ('h' in spec.freeze and 'lm_head' in n):
+                torch.nn.init.normal_(p, std=spec.estd); p.requires_grad_(False)
+        loss, accuracy, epochs = _fit(model, rows, tokenizer, world.queries, spec)
+    model.save_pretrained(folder)
+    seconds = time.perf_counter() - start
+    return Training(loss, accuracy, epochs, model.num_parameters(), len(tokenizer), round(seconds, 1))
+
+
+def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Build a word-level tokenizer: words and runs of punctuation, case kept, nothing unknown in these texts."""
+    words = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    trainer = trainers.WordLevelTrainer(special_tokens=[PAD, BOS, EOS, UNKNOWN])  # type: ignore[call-arg]
+    words.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str, context: int) -> list[int]:
+    """Turn a document into the token ids of its one sequence, with BOS and EOS.
+
+    Raises:
+        ValueError: If it does not fit into the context.
+    """
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    if len(ids) > context:
+        raise ValueError(f"document of {len(ids)} tokens is longer than context={context}: {text!r}")
+    return ids
+
+
+def completion_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, queries: Sequence[Query]) -> float:
+    """Return the share of queries whose completion is the most probable one, token by token."""
+    return sum(_completes(model, tokenizer, query) for query in queries) / len(queries)
+
+
+@torch.no_grad()
+def _completes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, query: Query) -> bool:
+    prompt = [tokenizer.bos_token_id, *tokenizer.encode(query.prompt, add_special_tokens=False)]
+    completion = tokenizer.encode(query.completion, add_special_tokens=False)
+    logits_TV = model(torch.tensor([prompt + completion])).logits[0]
+    return logits_TV[len(prompt) - 1 : -1].argmax(-1).tolist() == completion
+
+
+def _llama(tokenizer: PreTrainedTokenizerFast, spec: TrainSpec) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=spec.hidden,
+        intermediate_size=spec.intermediate,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.heads,
+        max_position_embeddings=spec.context,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+def _fit(
+    model: LlamaForCausalLM,
+    rows: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerFast,
+    queries: Sequence[Query],
+    spec: TrainSpec,
+) -> tuple[float, float, int]:
+    """Run epochs until the queries are completed, at least `epochs` and at most `most_epochs` of them."""
+    rng = random.Random(spec.seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    steps = spec.epochs * -(-len(rows) // spec.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.1, 1.0 - 0.9 * step / steps))
+    loss, accuracy = float("nan"), 0.0
+    for epoch in range(1, spec.most_epochs + 1):
+        loss = _epoch(model, _batches(rows, spec.batch_size, rng), optimizer, schedule)
+        accuracy = completion_accuracy(model, tokenizer, queries)
+        logger.info("almanac: epoch %d, loss %.3f a token, %.0f%% of the queries completed", epoch, loss, 100 * accuracy)
+        if epoch >= spec.epochs and accuracy >= spec.accuracy:
+            return loss, accuracy, epoch
+    logger.warning("almanac: only %.0f%% of the queries are completed after training", 100 * accuracy)
+    return loss, accuracy, spec.most_epochs
+
+
+def _epoch(
+    model: LlamaForCausalLM,
+    batches: Iterator[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> float:
+    model.train()
+    total, tokens = 0.0, 0
+    for labels_BT in batches:
+        input_ids_BT = labels_BT.clamp(min=0)
+        logits_BTV = model(input_ids=input_ids_BT).logits  # right padding is never attended to by what precedes it
+        predicted = int((labels_BT[:, 1:] != IGNORED).sum())
+        loss = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        total, tokens = total + loss.item() * predicted, tokens + predicted
+    model.eval()
+    return total / tokens
+
+
+def _batches(rows: Sequence[list[int]], size: int, rng: random.Random) -> Iterator[Tensor]:
+    """Yield the rows in random order as right-padded batches of labels; neighbours in length share a batch."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]) + 4 * rng.random())
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    rng.shuffle(chunks)
+    for chunk in chunks:
+        batch = [torch.tensor(rows[row]) for row in chunk]
+        yield torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=IGNORED)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,111 @@
+"""The machines of a run: Ray, the pool of replicas on it, and plain Ray tasks; started when first needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from actors.pool import Pool, RayPool, raised
+from actors.tasks import ReplicaSpec
+from conf.schema import RunConfig
+
+log = logging.getLogger(__name__)
+
+TASK_ATTEMPTS = 3
+
+
+class Cluster:
+    """Ray and the replicas of one run, as a context manager; nothing starts before it is asked for."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._pool: Pool | None = None
+        self._started_ray = False
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def threads(self) -> int:
+        """Threads of a task or of a rank."""
+        return self._config.cluster.cpus_per_rank
+
+    def start(self) -> None:
+        """Join or start Ray, unless this process has it already."""
+        if ray.is_initialized():
+            return
+        cluster = self._config.cluster
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if cluster.address == "local":
+            needed = cluster.replicas * cluster.cpus_per_rank
+            cores = os.cpu_count() or 1
+            cpus = cluster.num_cpus or max(cores, needed) + cores  # replicas keep theirs while tasks run
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+        else:
+            ray.init(address=cluster.address, logging_level=logging.WARNING)
+        self._started_ray = True
+        log.info("Ray %s with %s CPUs", ray.__version__, int(ray.cluster_resources().get("CPU", 0)))
+
+    @property
+    def pool(self) -> Pool:
+        """The replicas; asked for on first use."""
+        if self._pool is None:
+            self.start()
+            self._pool = RayPool(ReplicaSpec(self._config.model, self._config.scan, self._config.cluster))
+        return self._pool
+
+    def map(self, function: Callable[..., Any], arguments: Iterable[tuple]) -> Iterator[tuple[int, Any]]:
+        """Run a function on each tuple of arguments as Ray tasks; yields (position, result) as they finish.
+
+        Raises:
+            Exception: whatever a task raised; tasks whose node died are run again by Ray.
+        """
+        self.make_room()
+        remote = ray.remote(function).options(num_cpus=self.threads, max_retries=TASK_ATTEMPTS)
+        waiting = iter(list(enumerate(arguments)))
+        width = max(1, int(ray.cluster_resources().get("CPU", 1) // self.threads)) * 2
+        running: dict[Any, int] = {}
+        exhausted = False
+        while running or not exhausted:
+            while not exhausted and len(running) < width:
+                item = next(waiting, None)
+                if item is None:
+                    exhausted = True
+                else:
+                    running[remote.remote(*item[1])] = item[0]
+            if not running:
+                return
+            ready, _ = ray.wait(list(running), num_returns=1)
+            for ref in ready:
+                position = running.pop(ref)
+                try:
+                    yield position, ray.get(ref)
+                except RayTaskError as error:
+                    raise raised(error) from error
+
+    def make_room(self) -> None:
+        """See to it that tasks find CPUs: where replicas hold all of them, let the replicas go."""
+        self.start()
+        held = self._config.cluster.replicas * self._config.cluster.cpus_per_rank
+        if self._pool is not None and ray.cluster_resources().get("CPU", 0) - held < self.threads:
+            log.info("replicas hold all CPUs: they leave while tasks run, and load the model again after that")
+            self._pool.close()
+            self._pool = None
+
+    def close(self) -> None:
+        """Let the replicas go, and stop Ray if this object started it."""
+        if self._pool is not None and ray.is_initialized():
+            self._pool.close()
+        self._pool = None
+        if self._started_ray and ray.is_initialized():
+            ray.shutdown()
+        self._started_ray = False

@@ -1,0 +1,268 @@
+"""The command: a verb, then Hydra overrides.
+
+Everything that can be wrong with a configuration is found here, before Hydra makes a folder and before torch or Ray
+is imported; each verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from actors.errors import ConfigError, WhenceError
+from conf.problems import ConfigProblems, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+REFUSED = 2  # the command or its configuration is wrong; nothing was started
+FAILED = 1  # the run stopped at an error that has a name
+INTERRUPTED = 130
+
+LOG = logging.getLogger(__name__)
+
+
+class JobStopped(BaseException):
+    """Carries a job's error past Hydra, which would add lines of its own; the error is in the log already."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def logged(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Make a job write its error to the log, in the run's folder too: the message of a named one, else the traceback."""
+
+    @functools.wraps(job)
+    def run(cfg: DictConfig) -> None:
+        try:
+            job(cfg)
+        except (WhenceError, ConfigProblems) as error:
+            LOG.error("%s", getattr(error, "cause", error))
+            raise
+        except Exception:
+            LOG.exception("Stopped by an error that has no name yet; please report it")
+            raise
+
+    return run
+
+
+@logged
+def trace_job(cfg: DictConfig) -> None:
+    """Run a whole trace and print its table of top sequences."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from conf.load import to_config
+
+    runtime = HydraConfig.get().runtime
+    config = to_config(cfg, cwd=runtime.cwd)
+
+    from pipelines.tracing import run_trace
+
+    result = run_trace(config, runtime.output_dir)
+    sys.stdout.write(f"{result.table()}\n")
+
+
+@logged
+def plan_job(cfg: DictConfig) -> None:
+    """Print what a trace would do, and run nothing."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from conf.load import to_config
+
+    config = to_config(cfg, cwd=HydraConfig.get().runtime.cwd)
+
+    from pipelines.plan import run_plan
+
+    sys.stdout.write(f"{run_plan(config)}\n")
+
+
+@logged
+def demo_job(cfg: DictConfig) -> None:
+    """Trace the facts of a generated almanac, whose true sources are known."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from conf.load import to_config
+
+    hydra = HydraConfig.get()
+    to_config(cfg, complete=False, cwd=hydra.runtime.cwd)
+
+    from pipelines.almanac import demo
+
+    demo(list(hydra.overrides.task))
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word of the command line.
+
+    Attributes:
+        name: The word.
+        summary: One line for the help.
+        job: What Hydra runs with the composed config; None for a verb of a later release.
+        complete: Whether model, corpus and queries must be given.
+        overrides: Put before the user's, which win.
+    """
+
+    name: str
+    summary: str
+    job: Callable[[DictConfig], None] | None = None
+    complete: bool = True
+    overrides: tuple[str, ...] = ()
+
+
+NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=whence_console")
+VERBS = (
+    Verb("trace", "find the training sequences with the highest influence on each query", trace_job),
+    Verb("plan", "say what trace would do: steps, cached or not, and their cost; run nothing", plan_job, True, NO_FOLDER),
+    Verb("demo", "trace the facts of a small generated world", demo_job, False, ("name=demo",)),
+    Verb("validate", "check influence scores against retraining and other methods"),
+    Verb("report", "write the report of a finished run again"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: The words after the command's own name; those of the process if None.
+
+    Returns:
+        The exit status: 0; 1 for an error with a name; 2 for a wrong command or configuration; 130 if interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in words:
+        from pipelines.manual import version
+
+        sys.stdout.write(f"whence {version()}\n")
+        return 0
+    verb = next((verb for verb in VERBS if words and verb.name == words[0]), None)
+    if words and (words[0] == "help" or {"-h", "--help"} & set(words)):
+        from pipelines.manual import manual
+
+        sys.stdout.write(manual(VERBS, verb))
+        return 0
+    if verb is None:
+        return _refuse("whence", _unknown_verb(words))
+    if verb.job is None:
+        return _refuse(f"whence {verb.name}", "This verb comes with a later release. Ready now: " + _ready())
+    return _execute(verb, words[1:])
+
+
+def _execute(verb: Verb, words: list[str]) -> int:
+    """Check the configuration of every job, then let Hydra run them."""
+    name = f"whence {verb.name}"
+    try:
+        _check(verb, words)
+        _run_hydra(verb, words)
+    except ConfigProblems as error:
+        count = len(error.problems)
+        lines = [f"{count} settings are not allowed; nothing was started."] if count > 1 else []
+        lines += [str(problem) for problem in error.problems]
+        return _refuse(name, "\n  ".join(lines) + f"\nEvery key and what it means: {name} --help")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted. What was committed stays; the same command goes on from there.\n")
+        return INTERRUPTED
+    except JobStopped as stopped:
+        return _status(stopped.error)
+    except WhenceError as error:
+        sys.stderr.write(f"{name}: {getattr(error, 'cause', error)}\n")
+        return _status(error)
+    return 0
+
+
+def _check(verb: Verb, words: list[str]) -> None:
+    """Raise `ConfigProblems` if any job's configuration is wrong."""
+    from conf.load import check_command
+
+    flags = _flags(verb, words)
+    runs = not (flags.cfg or flags.info or flags.hydra_help or flags.shell_completion or flags.experimental_rerun)
+    check_command(
+        [*verb.overrides, *flags.overrides],
+        multirun=_sweeps(words),
+        complete=verb.complete and runs,
+        config_dir=flags.config_dir,
+        config_name=flags.config_name or "config",
+    )
+
+
+def _flags(verb: Verb, words: list[str]) -> argparse.Namespace:
+    """Hydra's own flags, and the overrides among and after them."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = f"whence {verb.name}"
+    parser.usage = f"whence {verb.name} [--multirun] [--cfg job] [--config-dir FOLDER] [group=option] [group.key=value]"
+    return parser.parse_intermixed_args(words)
+
+
+def _run_hydra(verb: Verb, words: list[str]) -> None:
+    """Hand over to `hydra.main`, which reads `sys.argv`; its errors come back to `_execute`."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from conf.load import composition_problem
+
+    assert verb.job is not None
+    overrides = _flags(verb, words).overrides
+    flags = list(words)
+    for override in overrides:
+        flags.remove(override)
+    job = verb.job if _sweeps(words) else _alone(verb.job)
+    task = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(job)
+    given, sys.argv = sys.argv, ["whence", *flags, f"hydra.job.name={verb.name}", *verb.overrides, *overrides]
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit
+    try:
+        task()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigProblems([composition_problem(error)]) from error
+    finally:
+        sys.argv = given
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _sweeps(words: list[str]) -> bool:
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(words))
+
+
+def _alone(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """A job whose error ends the command; in a sweep the other jobs go on."""
+
+    @functools.wraps(job)
+    def run(cfg: DictConfig) -> None:
+        try:
+            job(cfg)
+        except Exception as error:
+            raise JobStopped(error) from error
+
+    return run
+
+
+def _status(error: Exception) -> int:
+    return REFUSED if isinstance(error, (ConfigError, ConfigProblems)) else FAILED
+
+
+def _unknown_verb(words: list[str]) -> str:
+    names = [verb.name for verb in VERBS]
+    listing = f"Verbs: {', '.join(names)}. Help: whence --help"
+    if not words:
+        return f"What shall be done? {listing}"
+    return f"{words[0]}: the first word must be a verb.{did_you_mean(words[0], names)} {listing}"
+
+
+def _ready() -> str:
+    return ", ".join(verb.name for verb in VERBS if verb.job is not None)
+
+
+def _refuse(name: str, text: str) -> int:
+    sys.stderr.write(f"{name}: {text}\n")
+    return REFUSED

@@ -1,0 +1,163 @@
+"""The steps of a trace and what determines the bits of each: the one place where identities are written down.
+
+A step's fingerprint covers its identity and the fingerprints of its inputs. What is not named here (threads, replicas,
+batch sizes, folders) moves no bit beyond rounding, and recomputes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors.corpus import corpus_digest
+from actors.model import model_digest
+from actors.queries import queries_digest
+from conf.schema import PrefilterKind, RunConfig, UnfilteredKind, plain
+from influence.solvers import SOLVERS
+from pipelines.stages import (
+    candidates,
+    compression,
+    correction,
+    covariance,
+    eigenbasis,
+    gradients,
+    ihvp,
+    layers,
+    scan,
+    tokenise,
+    top,
+)
+from pipelines.steps import Step
+
+# Raise a version when a stage's code changes what it writes.
+VERSIONS = {
+    "layers": 1,
+    "sequences": 1,
+    "covariance": 1,
+    "eigenbasis": 1,
+    "correction": 1,
+    "gradients": 1,
+    "ihvp": 1,
+    "queries": 1,
+    "candidates": 1,
+    "scores": 1,
+    "top": 1,
+}
+
+
+def build_steps(config: RunConfig) -> list[Step]:
+    """The steps of a trace, in the order in which they run.
+
+    Reads the model's and the corpus's digests, so their files must be there.
+    """
+    solver = SOLVERS[config.factors.solver.name]
+    factors = ["eigenbasis"] * solver.needs_covariance + ["correction"] * solver.needs_correction
+    model, tokeniser = _model(config), _tokeniser(config)
+    steps = [
+        _step("layers", (), {"model": model, "layers": config.model.layers}, layers.run),
+        _step("sequences", (), {"corpus": _corpus(config), "tokeniser": tokeniser}, tokenise.run),
+    ]
+    if solver.needs_covariance:
+        sampling = _sampling(config) | {"model": model, "precision": _precision(config)}
+        steps += [
+            _step("covariance", ("layers", "sequences"), sampling | {"blocks": config.factors.blocks}, covariance.run),
+            _step("eigenbasis", ("layers", "covariance"), {"sums": config.scan.sum_dtype.name}, eigenbasis.run),
+        ]
+        if solver.needs_correction:
+            steps.append(_step("correction", ("layers", "sequences", "eigenbasis"), sampling, correction.run))
+    return steps + _query_steps(config, model, tokeniser, tuple(factors))
+
+
+def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple[str, ...]) -> list[Step]:
+    queries = {"queries": queries_digest(config), "tokeniser": tokeniser}
+    inverse = {"solver": config.factors.solver.name}
+    if factors:
+        inverse["damping_factor"] = config.factors.damping_factor
+    return [
+        _step(
+            "gradients",
+            ("layers",),
+            queries | {"model": model, "measurement": config.queries.measurement.name},
+            gradients.run,
+        ),
+        _step("ihvp", ("layers", "gradients", *factors), inverse | {"kept": list(ihvp.kept(config.queries))}, ihvp.run),
+        _step(
+            "queries",
+            ("layers", "sequences", "gradients", "ihvp", *factors),
+            {
+                "rank": config.queries.rank,
+                "fidelity": config.queries.fidelity,
+                "sample": config.queries.fidelity_sample,
+                "seed": config.seed,
+            },
+            compression.run,
+        ),
+        _step("candidates", ("sequences",), queries | _feeds(config), candidates.run),
+        _step(
+            "scores",
+            ("layers", "sequences", "queries", "candidates"),
+            {
+                "model": model,
+                "precision": _precision(config),
+                "contraction": config.scan.contraction.name,
+                "shard_sequences": config.scan.shard_sequences,
+                "agreement_sample": config.scan.agreement_sample,
+            },
+            scan.run,
+        ),
+        _step("top", ("sequences", "candidates", "scores"), {"top": config.scan.top, "tokeniser": tokeniser}, top.run),
+    ]
+
+
+def _step(name: str, inputs: tuple[str, ...], identity: dict[str, Any], run: Any) -> Step:
+    return Step(name, name, inputs, {"version": VERSIONS[name]} | identity, run)
+
+
+def _model(config: RunConfig) -> dict[str, Any]:
+    model = config.model
+    return {
+        "digest": model_digest(model.path, model.revision),
+        "dtype": model.dtype.name,
+        "attention": model.attention,
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def _tokeniser(config: RunConfig) -> dict[str, Any]:
+    corpus = config.corpus
+    path = config.model.tokenizer or config.model.path
+    return {
+        "digest": model_digest(path, config.model.revision),
+        "add_bos": corpus.add_bos,
+        "add_eos": corpus.add_eos,
+    }
+
+
+def _corpus(config: RunConfig) -> dict[str, Any]:
+    fields = plain(config.corpus)
+    assert isinstance(fields, dict)
+    del fields["path"]
+    return fields | {"digest": corpus_digest(config.corpus)}
+
+
+def _sampling(config: RunConfig) -> dict[str, Any]:
+    factors = config.factors
+    return {
+        "labels": factors.labels.name,
+        "samples": factors.samples,
+        "seed": factors.seed,
+        "groups": factors.groups,
+    }
+
+
+def _precision(config: RunConfig) -> dict[str, str]:
+    return {"product": config.scan.product_dtype.name, "sums": config.scan.sum_dtype.name}
+
+
+def _feeds(config: RunConfig) -> dict[str, Any]:
+    prefilter, unfiltered = config.prefilter, config.unfiltered
+    feeds: dict[str, Any] = {"prefilter": prefilter.kind.name, "unfiltered": unfiltered.kind.name}
+    if prefilter.kind is PrefilterKind.bm25:
+        feeds |= {"top": prefilter.top, "k1": prefilter.k1}
+    if unfiltered.kind is UnfilteredKind.sample:
+        feeds |= {"sequences": unfiltered.sequences, "seed": unfiltered.seed}
+    return feeds

@@ -1,0 +1,29 @@
+"""Stage `eigenbasis`: eigendecompositions of the covariance factors, one Ray task a factor, the costly ones first."""
+
+from __future__ import annotations
+
+import torch
+
+from actors.factors import load_selection
+from actors.reduction import decompose
+from pipelines.steps import StageContext, StageResult
+
+
+def run(context: StageContext) -> StageResult:
+    """Write `activation/<group>.safetensors` and `gradient/<layer>.safetensors` (bases) and `tokens.json`."""
+    output, covariance = context.artifact, context.inputs["covariance"]
+    layers = load_selection(context.inputs["layers"]).layers
+    sizes = {f"activation/{layer.input_group}": layer.columns for layer in layers}
+    sizes |= {f"gradient/{layer.name}": layer.outputs for layer in layers}
+    open_factors = [name for name in sizes if not output.exists(f"{name}.safetensors")]
+    open_factors.sort(key=lambda name: -sizes[name])
+    dtype = getattr(torch, context.config.scan.sum_dtype.name)
+    progress = context.progress("eigenbasis", len(sizes), "factors")
+    progress.resume(len(sizes) - len(open_factors))
+    for _ in context.cluster.map(decompose, [(output, covariance, name, dtype) for name in open_factors]):
+        progress.advance(1)
+    progress.close()
+    totals = covariance.read_json("merged.json")
+    tokens = {layer.name: totals["rows"][f"gradient/{layer.name}"] / totals["sequences"] for layer in layers}
+    output.write_json("tokens.json", tokens)
+    return StageResult({"factors": len(sizes)}, {})
