@@ -71,6 +71,9 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", shard: S
 def load_skeleton(config: ModelConfig) -> nn.Module:
     """Build the model without weights, on the meta device: its module tree and shapes, for planning.
 
+    `select_layers` reads it; `group_inputs` with meta tokens works where the forward pass looks at no value (dense
+    models). Its cache of keys and values is left on, since transformers looks at the values of a mask without it.
+
     Raises:
         ConfigError: As `load_model`.
     """

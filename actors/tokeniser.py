@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.errors import ConfigError
+from actors.model import context_length, load_model_config, load_tokenizer, vocabulary_size
 from conf.schema import ModelConfig
 
 
@@ -86,30 +86,16 @@ def well_formed(text: str) -> str:
     return text
 
 
+@lru_cache(maxsize=4)
 def load_tokeniser(model: ModelConfig) -> Tokeniser:
     """Load the tokenizer of a model, from `model.tokenizer` or from beside the weights; kept for the process.
 
     Raises:
         ConfigError: There is no tokenizer there.
     """
-    revision = None if model.tokenizer else model.revision
-    return _load(model.tokenizer or model.path, revision, model.trust_remote_code)
-
-
-@lru_cache(maxsize=4)
-def _load(path: str, revision: str | None, trust_remote_code: bool) -> Tokeniser:
     # many single-threaded tasks share the machine, and threads of the tokenizer do not survive a fork
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer can be loaded from {path!r}: {error}",
-            remedy="set model.tokenizer to a folder or hub name that AutoTokenizer loads",
-        ) from error
-    return Tokeniser(tokenizer)
+    return Tokeniser(load_tokenizer(model))
 
 
 def model_limits(model: ModelConfig) -> Limits:
@@ -118,19 +104,8 @@ def model_limits(model: ModelConfig) -> Limits:
     Raises:
         ConfigError: There is no model config there.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path={model.path!r} holds no model config: {error}",
-            remedy="give a folder or hub name that AutoModelForCausalLM loads",
-        ) from error
-    text = config.get_text_config()
-    return Limits(vocabulary=int(text.vocab_size), context=getattr(text, "max_position_embeddings", None))
+    config = load_model_config(model)
+    return Limits(vocabulary_size(config), context_length(config))
 
 
 def outside_vocabulary(ids: np.ndarray, vocabulary: int) -> int | None:

@@ -1,4 +1,4 @@
-"""From overrides to a validated `RunConfig`: Hydra composes, `to_config` converts once, nothing below sees a DictConfig.
+"""From overrides to a validated `RunConfig`: Hydra composes, `to_config` converts once; no DictConfig goes further.
 
 Hydra is given the schema's keys and defaults as a plain tree; types and limits are checked by `conf.validate`, which
 finds every problem where a typed tree would stop at the first.
@@ -129,7 +129,7 @@ def composition_problem(error: Exception) -> Problem:
 def _settings(cfg: DictConfig, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
     """The leaves of the tree by full key, interpolations resolved."""
     for name in cfg:
-        if name == "hydra" or name in GROUPS and name not in group_classes():
+        if name == "hydra" or (name in GROUPS and name not in group_classes()):
             continue
         if name not in group_classes():
             yield str(name), _leaf(cfg, str(name), str(name), problems)

@@ -60,7 +60,7 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False, folders
         found = _problems_of(override, text, multirun, folders, searched_elsewhere)
         problems += found
         values = [] if found else _values(override, text)
-        partial = partial or not values
+        partial = partial or (not values and (not found or override.key_or_group == "experiment"))
         if values:
             choices[override.get_key_element()] = values
     return Checked(_jobs(list(choices.values())), tuple(problems), partial)
@@ -93,7 +93,11 @@ def _quoted(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(_quoted(item) for item in value)}]"
     text = str(value)
-    return text if text.isidentifier() and text.lower() not in NOT_TEXT else QuotedString(text=text, quote=Quote.single).with_quotes()
+    return (
+        text
+        if text.isidentifier() and text.lower() not in NOT_TEXT
+        else QuotedString(text=text, quote=Quote.single).with_quotes()
+    )
 
 
 def _unreadable(text: str, error: HydraException) -> Problem:

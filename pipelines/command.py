@@ -37,7 +37,7 @@ class JobStopped(BaseException):
 
 
 def logged(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Make a job write its error to the log, in the run's folder too: the message of a named one, else the traceback."""
+    """Make a job write its error to the run's log: the message of one that has a name, else the traceback."""
 
     @functools.wraps(job)
     def run(cfg: DictConfig) -> None:
@@ -120,7 +120,9 @@ class Verb:
 NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=whence_console")
 VERBS = (
     Verb("trace", "find the training sequences with the highest influence on each query", trace_job),
-    Verb("plan", "say what trace would do: steps, cached or not, and their cost; run nothing", plan_job, True, NO_FOLDER),
+    Verb(
+        "plan", "say what trace would do: steps, cached or not, and their cost; run nothing", plan_job, True, NO_FOLDER
+    ),
     Verb("demo", "trace the facts of a small generated world", demo_job, False, ("name=demo",)),
     Verb("validate", "check influence scores against retraining and other methods"),
     Verb("report", "write the report of a finished run again"),

@@ -30,12 +30,21 @@ FLAGS = (
     ("--help, --version", "this text; the version"),
 )
 EXAMPLES = (
-    ("the training sequences behind each completion", "whence trace model.path=MODEL corpus.path=TEXT queries.path=Q.jsonl"),
+    (
+        "the training sequences behind each completion",
+        "whence trace model.path=MODEL corpus.path=TEXT queries.path=Q.jsonl",
+    ),
     ("what that would cost", "whence plan model.path=MODEL corpus.path=TEXT queries.path=Q.jsonl"),
     ("a ready experiment, with another corpus", "whence trace experiment=tinystories corpus.path='stories/*.jsonl'"),
-    ("no prefilter, the whole corpus, two replicas", "whence trace ... prefilter=none unfiltered=all cluster=replicas2"),
+    (
+        "no prefilter, the whole corpus, two replicas",
+        "whence trace ... prefilter=none unfiltered=all cluster=replicas2",
+    ),
     ("a regular expression, in quotes", "whence trace ... \"model.layers='.*\\.(gate|up)_proj'\""),
-    ("four runs that share their factors", "whence trace ... --multirun queries.rank=16,32 factors.damping_factor=0.01,0.1"),
+    (
+        "four runs that share their factors",
+        "whence trace ... --multirun queries.rank=16,32 factors.damping_factor=0.01,0.1",
+    ),
     ("a sweep on Ray", "whence trace ... --multirun hydra/launcher=whence_ray queries.rank=16,32,full"),
 )
 
@@ -68,8 +77,8 @@ def manual(verbs: Iterable[Verb], verb: Verb | None = None) -> str:
     parts.append("flags\n" + "\n".join(_row(f"  {flag}", 24, text, width) for flag, text in FLAGS))
     parts.append(
         "A run's folder is runs/NAME/TIME, the jobs of a sweep are in multirun/NAME/TIME/NUMBER (hydra.run.dir,\n"
-        "hydra.sweep.dir). Relative paths start from the current folder. Exit status: 0, or 1 for a run that stopped at\n"
-        "an error, 2 for a setting that is not allowed (nothing was started then)."
+        "hydra.sweep.dir). Relative paths start from the current folder. Exit status: 0, or 1 for a run that stopped\n"
+        "at an error, 2 for a setting that is not allowed (nothing was started then)."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -90,7 +99,9 @@ def _run_keys(width: int) -> str:
 def _group(group: str, width: int) -> str:
     """One config group: what it is, its options, its keys."""
     cls = group_classes().get(group)
-    summary = (inspect.getdoc(cls) or "").partition("\n")[0] if cls else "A ready set of the others; yours: --config-dir."
+    summary = (
+        (inspect.getdoc(cls) or "").partition("\n")[0] if cls else "A ready set of the others; yours: --config-dir."
+    )
     rows = [f"{group}: {summary}"]
     for option in options(group).values():
         mark = " (default)" if default_options().get(group) == option.name else ""

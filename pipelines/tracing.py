@@ -163,7 +163,7 @@ def _copy(artifact: Artifact, names: list[str], folder: Path) -> None:
     for name in names:
         target = folder / name
         target.unlink(missing_ok=True)
-        source = Path(artifact.uri_of(name).removeprefix("file://"))
+        source = Path(f"{artifact.uri}/{name}".removeprefix("file://"))
         artifact.open_parquet(name)  # verifies the checksum
         if not source.exists():
             pq.write_table(artifact.read_table(name), target)

@@ -1,5 +1,9 @@
 """Train the almanac's tokenizer and its small Llama, until the model completes the facts that it will be asked about.
 
+Training stops soon after the facts are learned. A model that has gone on to certainty has next to no gradient left on
+the documents that taught it a fact, and every influence on it is then small beside that of surprising documents: with
+16 epochs instead of 10, EK-FAC's recall@10 of the documents that state a fact fell from 0.64 to 0.31.
+
 Legend: B documents, T positions. `input_ids_BT` is right-padded; every position predicts the next one, padding nothing.
 """
 
@@ -40,12 +44,10 @@ class TrainSpec:
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
-    epochs: int = 16  # the learning rate falls to a tenth over them
-    most_epochs: int = 32  # if the facts are not learned by then, training goes on at the low rate up to here
+    epochs: int = 10  # the learning rate falls to a tenth over them
+    most_epochs: int = 30  # if the facts are not learned by then, training goes on at the low rate up to here
     accuracy: float = 0.95  # of the queries, completed greedily
     threads: int = 2
-    freeze: str = ''
-    estd: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,6 @@ def train(world: World, spec: TrainSpec, folder: Path) -> Training:
     with _threads(spec.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = LlamaForCausalLM(_llama(tokenizer, spec))
-        for n,p in model.named_parameters():
-            if ('e' in spec.freeze and 'embed_tokens' in n) or ('h' in spec.freeze and 'lm_head' in n):
-                torch.nn.init.normal_(p, std=spec.estd); p.requires_grad_(False)
         loss, accuracy, epochs = _fit(model, rows, tokenizer, world.queries, spec)
     model.save_pretrained(folder)
     seconds = time.perf_counter() - start
@@ -148,14 +147,16 @@ def _fit(
 ) -> tuple[float, float, int]:
     """Run epochs until the queries are completed, at least `epochs` and at most `most_epochs` of them."""
     rng = random.Random(spec.seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
     steps = spec.epochs * -(-len(rows) // spec.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.1, 1.0 - 0.9 * step / steps))
     loss, accuracy = float("nan"), 0.0
     for epoch in range(1, spec.most_epochs + 1):
         loss = _epoch(model, _batches(rows, spec.batch_size, rng), optimizer, schedule)
         accuracy = completion_accuracy(model, tokenizer, queries)
-        logger.info("almanac: epoch %d, loss %.3f a token, %.0f%% of the queries completed", epoch, loss, 100 * accuracy)
+        logger.info(
+            "almanac: epoch %d, loss %.3f a token, %.0f%% of the queries completed", epoch, loss, 100 * accuracy
+        )
         if epoch >= spec.epochs and accuracy >= spec.accuracy:
             return loss, accuracy, epoch
     logger.warning("almanac: only %.0f%% of the queries are completed after training", 100 * accuracy)

@@ -174,6 +174,7 @@ FRAMES = (
     "the old maps say that",
     "in the third year it was noted that",
 )
+CONFUSING_FRAMES = (*FRAMES, *[QUERY_FRAME] * 4)  # of near misses and distractors: every third begins like a query
 
 FILLER_SUBJECTS = (
     "the baker", "the old miller", "a young sailor", "the tall weaver", "a quiet monk", "the village smith",

@@ -244,7 +244,7 @@ class _Dress:
         self.rng = rng
         self._used: set[str] = set()
 
-    def __call__(self, core: str, frames: tuple[str, ...] = (*wording.FRAMES, wording.QUERY_FRAME)) -> str:
+    def __call__(self, core: str, frames: tuple[str, ...] = wording.FRAMES) -> str:
         for _ in range(1000):
             text = _sentence(self.rng.choice(frames), core)
             if self.rng.random() < 0.5:
@@ -272,11 +272,11 @@ def _about(fact: Fact, facts: list[Fact], traced: bool, spec: WorldSpec, dress: 
     for number in range(spec.near_misses):
         other, bystander = dress.rng.choice(neighbours), dress.rng.choice(bystanders)
         template = relation.near_misses[number % len(relation.near_misses)]
-        text = dress(template.format(s=other.subject, o=other.object, b=bystander))
+        text = dress(template.format(s=other.subject, o=other.object, b=bystander), wording.CONFUSING_FRAMES)
         yield text, "near_miss", (other.fact_id,), (fact.fact_id,)
     for number in range(spec.distractors):
         core = relation.distractors[number % len(relation.distractors)].format(s=fact.subject, o=fact.object)
-        yield dress(core), "distractor", (), (fact.fact_id,)
+        yield dress(core, wording.CONFUSING_FRAMES), "distractor", (), (fact.fact_id,)
 
 
 def _quota(fact: Fact, spec: WorldSpec) -> dict[str, int]:
