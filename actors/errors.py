@@ -3,7 +3,7 @@
 The classes cross process borders (Ray actors, worker processes), so each holds only its message and plain fields;
 `BaseException.__reduce__` then rebuilds it whole. Subclasses add no arguments of their own.
 """
-# ruff: noqa: N818  (the names say what happened: `StaleArtifact` is raised, not `StaleArtifactError`)
+
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """How sums, bases, gradients and queries lie in artifacts: names of files, names of tensors, and their way back.
 
-A layer's file is `layers/<name>.safetensors`; a factor of an input that several layers share is stored under the first.
-Partial sums lie in `parts/group-0000/bundle-00.safetensors`, layers bundled in order, and count once `done.json` is there.
+A layer's file is `layers/<name>.safetensors`; a factor of an input that several layers share is stored under the
+first. Partial sums lie in `parts/group-0000/bundle-00.safetensors`, layers bundled in order, and count once `done.json`
+is there.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def correction_bundles(layers: Sequence[TrackedLayer]) -> list[tuple[TrackedLaye
     return bundles(layers, {layer.name: 4 * layer.columns * layer.outputs for layer in layers})
 
 
-def covariance_tensors(sums: CovarianceSums, layers: Sequence[TrackedLayer]) -> tuple[dict[str, Tensor], dict[str, int]]:
+def covariance_tensors(
+    sums: CovarianceSums, layers: Sequence[TrackedLayer]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The sums of some layers as named tensors, and the rows behind each factor."""
     tensors, rows = {}, {}
     for layer in layers:
@@ -110,7 +113,7 @@ def read_layer_basis(bases: Artifact, layer: TrackedLayer) -> LayerBasis:
 
 
 def read_curvature(factors: Mapping[str, Artifact], layer: TrackedLayer) -> LayerCurvature | None:
-    """What was fitted for one layer: from `eigenbasis`, and `correction` where that was fitted; None without factors."""
+    """What was fitted for one layer: `eigenbasis`, and `correction` where there is one; None without factors."""
     if "eigenbasis" not in factors:
         return None
     basis = read_layer_basis(factors["eigenbasis"], layer)

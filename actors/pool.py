@@ -72,7 +72,6 @@ class LocalPool:
         """Nothing to let go."""
 
 
-@ray.remote(concurrency_groups={"watch": 1})
 class ReplicaActor:
     """A replica in a Ray actor. The model is loaded by a call, so that its errors reach the driver as they are."""
 
@@ -93,6 +92,9 @@ class ReplicaActor:
     def progress(self) -> int:
         """Sequences that the running task has finished."""
         return self._replica.progress() if self._replica else 0
+
+
+_REMOTE: Any = ray.remote(concurrency_groups={"watch": 1})(ReplicaActor)
 
 
 @dataclass
@@ -139,7 +141,7 @@ class RayPool:
 
     def _start_member(self) -> None:
         cluster = self._spec.cluster
-        actor = ReplicaActor.options(num_cpus=cluster.cpus_per_rank, num_gpus=cluster.gpus_per_rank).remote()
+        actor = _REMOTE.options(num_cpus=cluster.cpus_per_rank, num_gpus=cluster.gpus_per_rank).remote()
         member = _Member(actor)
         self._members.append(member)
         self._refs[actor.load.remote(self._spec)] = member
@@ -158,7 +160,7 @@ class RayPool:
         for ref in ready:
             member = self._refs.pop(ref)
             try:
-                result = ray.get(ref)
+                result: Any = ray.get(ref)
             except RayTaskError as error:
                 raise raised(error) from error
             except RayActorError as error:
@@ -221,4 +223,3 @@ def raised(error: RayTaskError) -> BaseException:
     if cause is not error and not isinstance(cause, WhenceError):
         cause.add_note(f"(raised in a replica)\n{error.traceback_str}")
     return cause
-

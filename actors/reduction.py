@@ -79,7 +79,7 @@ def precondition(
     queries: int,
     max_rank: int | None,
     residual: float,
-    full: bool,
+    full: torch.dtype | None,
 ) -> None:
     """IHVPs of all queries in one layer (Equation 21): full matrices, or weighted singular value decompositions.
 
@@ -93,22 +93,22 @@ def precondition(
         queries: how many there are.
         max_rank: the most singular values that are kept a query.
         residual: share of a query's energy in this layer that may be dropped.
-        full: keep full matrices instead.
+        full: keep full matrices of this type instead.
     """
     state, weights = fit_solver(solver, factors, layer, damping_factor)
     tensors: dict[str, Tensor] = {}
     dense = []
     for query, factors_of in enumerate(read_token_factors(gradients, layer.name, range(queries))):
         gradient_OI = factors_of.gradient()
-        if full:
-            dense.append(apply(state, gradient_OI).float())
+        if full is not None:
+            dense.append(apply(state, gradient_OI).to(full))
             continue
         spectrum = weighted_spectrum(gradient_OI, state, weights, max_rank, residual)
         tensors[f"{query}/left"] = spectrum.left_OK.contiguous()
         tensors[f"{query}/right"] = spectrum.right_IK.contiguous()
         tensors[f"{query}/values"] = spectrum.values_K.double().contiguous()
         tensors[f"{query}/energy"] = torch.tensor([spectrum.energy], dtype=torch.float64)
-    if full:
+    if full is not None:
         tensors["dense"] = torch.stack(dense)
     output.write_tensors(layer_file(layer.name), tensors, {"damping": repr(state.damping)})
 
@@ -122,9 +122,7 @@ def read_spectra(ihvp: Artifact, layer: str, queries: int) -> dict[str, list]:
     }
 
 
-def allot(
-    ihvp: Artifact, layers: Sequence[str], queries: int, rank: int | None, fidelity: float | None
-) -> list[dict]:
+def allot(ihvp: Artifact, layers: Sequence[str], queries: int, rank: int | None, fidelity: float | None) -> list[dict]:
     """Ranks of every query in every layer, and the correlation with full scores that they predict."""
     spectra = {name: read_spectra(ihvp, name, queries) for name in layers}
     found = []

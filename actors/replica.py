@@ -173,7 +173,10 @@ class Replica:
             for queries in (compressed, full)
         ]
         return Done(
-            len(task.sequence_ids), 0, time.perf_counter() - started, result=[scores.double().tolist() for scores in both]
+            len(task.sequence_ids),
+            0,
+            time.perf_counter() - started,
+            result=[scores.double().tolist() for scores in both],
         )
 
     # --- scan -------------------------------------------------------------------------------------------------------
@@ -188,15 +191,15 @@ class Replica:
             order += chosen
             blocks.append(block)
         position = np.argsort(np.asarray(order))
-        scores = torch.cat(blocks).float().numpy()[position]
-        finite = np.isfinite(scores).all(axis=1)
+        scores = torch.cat(blocks).numpy()[position]  # in the type of the sums
+        finite: np.ndarray = np.isfinite(scores).all(axis=1)
         excluded = dict.fromkeys(ids[~finite].tolist(), "its loss or gradient is not finite")
         table = pa.table(
             {
                 "sequence_id": pa.array(ids[finite], pa.int64()),
                 "feed": pa.array([feed for feed, good in zip(feeds, finite, strict=True) if good]).dictionary_encode(),
                 "scores": pa.FixedSizeListArray.from_arrays(
-                    pa.array(scores[finite].reshape(-1), pa.float32()), scores.shape[1]
+                    pa.array(scores[finite].reshape(-1)), scores.shape[1]
                 ),
             }
         )
@@ -221,7 +224,10 @@ class Replica:
             for given, worker in ((queries, self.worker), (stored, exact))
         ]
         return Done(
-            len(task.sequence_ids), 0, time.perf_counter() - started, result=[scores.double().tolist() for scores in both]
+            len(task.sequence_ids),
+            0,
+            time.perf_counter() - started,
+            result=[scores.double().tolist() for scores in both],
         )
 
     # --- parts ------------------------------------------------------------------------------------------------------
@@ -342,9 +348,7 @@ class Replica:
             start += len(chosen)
             self.finished = start
 
-    def _sum_group(
-        self, task: GroupTask, begin: Callable[[], S], step: Callable[[Batch, S], None]
-    ) -> S:
+    def _sum_group(self, task: GroupTask, begin: Callable[[], S], step: Callable[[Batch, S], None]) -> S:
         """Sum a statistic over a group, in the order of sequence ids; begun anew without sequences that fail."""
         excluded: dict[int, str] = {}
         while True:
@@ -356,9 +360,7 @@ class Replica:
             sums.excluded |= excluded
             return sums
 
-    def _add_group(
-        self, task: GroupTask, sums: S, step: Callable[[Batch, S], None], excluded: dict[int, str]
-    ) -> None:
+    def _add_group(self, task: GroupTask, sums: S, step: Callable[[Batch, S], None], excluded: dict[int, str]) -> None:
         ids = [index for index in task.sequence_ids if index not in excluded]
         rows = self._source(task.sequences).read(ids)
         self.finished = 0

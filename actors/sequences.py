@@ -1,4 +1,4 @@
-"""Random access to the tokenised corpus, a row group at a time, and a place for sequences in memory (its test double)."""
+"""Random access to the tokenised corpus, a row group at a time, and sequences in memory (its test double)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from actors.errors import BadRecord
 from actors.store import Artifact
@@ -106,7 +105,7 @@ def _feeds(file: object, first: int, stop: int) -> tuple[np.ndarray, np.ndarray,
             continue
         table = file.read_row_group(group, columns=["sequence_id", "feed"])  # type: ignore[attr-defined]
         ids.append(table.column("sequence_id").to_numpy())
-        is_bm25 = pc.equal(table.column("feed").cast(pa.string()), "bm25").to_numpy(zero_copy_only=False)
+        is_bm25 = np.asarray(table.column("feed").cast(pa.string())) == "bm25"
         bm25.append(is_bm25)
         unfiltered.append(~is_bm25)
     if not ids:

@@ -74,7 +74,7 @@ def keys() -> Mapping[str, Key]:
 def group_classes() -> Mapping[str, type]:
     """The schema's class of each config group that has keys."""
     hints = typing.get_type_hints(schema.RunConfig)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
 
 
 def options(group: str, folders: Iterable[Path] = ()) -> dict[str, Option]:

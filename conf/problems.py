@@ -25,7 +25,7 @@ class Problem:
         return f"{self.setting}: {self.reason}" if self.setting else self.reason
 
 
-class ConfigProblems(ValueError):  # noqa: N818  (it says what there is)
+class ConfigProblems(ValueError):
     """All that is wrong with a configuration, found before anything was started."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:

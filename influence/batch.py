@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class Batch:
     lengths: Tensor
 
     @classmethod
-    def collate(cls, sequence_ids: Sequence[int], rows: Sequence[Sequence[int]]) -> Batch:
+    def collate(cls, sequence_ids: Sequence[int], rows: Sequence[Sequence[int] | np.ndarray]) -> Batch:
         """Pad `rows` of token ids on the right to the longest of them.
 
         Raises:

@@ -2,8 +2,8 @@
 
 act_BTI: [sequences, positions, inputs]; grad_BTO: [sequences, positions, outputs].
 
-Parameters are frozen, so the backward pass computes no weight gradient. Autograd begins at the output of the first tracked
-layer: everything below it runs without a graph.
+Parameters are frozen, so the backward pass computes no weight gradient. Autograd begins at the output of the first
+tracked layer: everything below it runs without a graph.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Capture:
     """Hooks on the tracked layers that hand over each layer's uses when the backward pass has reached all of them.
 
     A layer that is called several times, or whose weight several modules share, is handed over once, with one
-    `Use` a call: its gradient is the sum over uses. A layer is released as soon as it was consumed, so only the layers that
-    the backward pass has not reached keep their inputs.
+    `Use` a call: its gradient is the sum over uses. A layer is released as soon as it was consumed, so only the layers
+    that the backward pass has not reached keep their inputs.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[TrackedLayer]) -> None:

@@ -4,10 +4,10 @@ V_OI: a preconditioned query gradient, rotated_OI the same in the Kronecker eige
 V ≈ L Rᵀ; values_K: weighted singular values, descending.
 
 Influence scores are ⟨V, G⟩ over training gradients G. In the eigenbasis EK-FAC takes the entries of G as uncorrelated
-with second moments Λ, and the best separable fit to Λ is c · λ_S λ_Aᵀ. The squared error of scores from replacing V by V' is then
-‖D_S (V − V') D_A‖²_F with D = diag(√λ): truncate the singular values of D_S V D_A, and undo the weights. The truncation is an
-orthogonal projection in that norm, so the correlation of the compressed with the full scores is √(kept energy / energy). Singular
-values of all layers are comparable numbers and are ordered together.
+with second moments Λ, and K-FAC's separable model of Λ is c · λ_S λ_Aᵀ. The squared error of scores from replacing V
+by V' is then ‖D_S (V − V') D_A‖²_F with D = diag(√λ): truncate the singular values of D_S V D_A, and undo the weights.
+The truncation is an orthogonal projection in that norm, so the correlation of compressed with full scores is
+√(kept energy / energy). Singular values of all layers are comparable numbers and are ordered together.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _svd(matrix_OI: Tensor, max_rank: int | None) -> tuple[Tensor, Tensor, Tenso
 
 @dataclass(frozen=True)
 class Allotment:
-    """How many singular values each layer keeps for one query, and the correlation with full scores that this predicts."""
+    """How many singular values each layer keeps for one query, and the fidelity that this predicts."""
 
     ranks: dict[str, int]
     predicted_fidelity: float

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def block_slices(size: int, blocks: int) -> tuple[slice, ...]:
         raise ValueError(f"cannot cut {size} coordinates into {blocks} blocks; choose factors.blocks from 1 to {size}")
     small, longer = divmod(size, blocks)
     ends = [index * small + min(index, longer) for index in range(blocks + 1)]
-    return tuple(slice(start, end) for start, end in zip(ends[:-1], ends[1:], strict=True))
+    return tuple(slice(start, end) for start, end in pairwise(ends))
 
 
 @dataclass

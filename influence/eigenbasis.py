@@ -33,7 +33,7 @@ class BlockBasis:
 
     def rotate(self, x_NI: Tensor) -> Tensor:
         """Coordinates in the basis, x Q; N·Σ b² multiply-adds."""
-        return self._apply(x_NI, [vectors for vectors in self.vectors])
+        return self._apply(x_NI, self.vectors)
 
     def unrotate(self, x_NI: Tensor) -> Tensor:
         """Back from the basis, x Qᵀ."""
@@ -74,7 +74,7 @@ def eigenbasis(name: str, blocks: Sequence[Tensor]) -> BlockBasis:
             raise ValueError(f"covariance factor {name}, block {index}: holds values that are not finite")
         try:
             eigenvalues, eigenvectors = torch.linalg.eigh(block.to(torch.float64))
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:
             raise ValueError(f"covariance factor {name}, block {index}: no eigendecomposition ({error})") from error
         vectors.append(eigenvectors)
         values.append(eigenvalues.clamp_min(0))

@@ -1,7 +1,7 @@
 """Contraction of training gradients with preconditioned queries, in the cheaper order.
 
-act_BTI, grad_BTO: as captured; left_OR, right_IR: packed factors of all queries, R the sum of their ranks; owner_R: the query that
-each column belongs to; dense_QOI: full-rank queries; scores_BQ, tokens_BTQ.
+act_BTI, grad_BTO: as captured; left_OR, right_IR: packed factors of all queries, R the sum of their ranks; owner_R: the
+query that each column belongs to; dense_QOI: full-rank queries; scores_BQ, tokens_BTQ.
 
 Influence is positive where training on the sequence raises the measurement: I = ⟨V_q, G_m⟩ with V_q = (G + λ)⁻¹ ∇f
 and G_m = ∇ log p(z_m) (Equation 25 with L = −log p).
@@ -78,7 +78,11 @@ class LayerQueries:
 
         owner = None if self.owner_R is None else self.owner_R.to(device=device)
         return LayerQueries(
-            self.queries, moved(self.left_OR, product), moved(self.right_IR, product), owner, moved(self.dense_QOI, sums)
+            self.queries,
+            moved(self.left_OR, product),
+            moved(self.right_IR, product),
+            owner,
+            moved(self.dense_QOI, sums),
         )
 
 
@@ -102,8 +106,8 @@ def plan_contractions(
 ) -> dict[str, str]:
     """Choose `dense` or `factored` for each layer.
 
-    A layer goes dense where that costs fewer multiply-adds and its full queries, Q·I·O numbers, still fit in `memory`; where
-    not all fit, those that save most for a byte come first.
+    A layer goes dense where that costs fewer multiply-adds and its full queries, Q·I·O numbers, still fit in `memory`;
+    where not all fit, those that save most for a byte come first.
 
     Args:
         layers: tracked layers.
@@ -136,7 +140,7 @@ def layer_scores(
     Args:
         layer: the layer.
         uses: inputs and output gradients of the micro-batch.
-        queries: factors in the type of the products, full matrices in the type of the sums; the latter are used where given.
+        queries: factors in the type of the products, full matrices in the type of the sums, used where given.
         product: type of the operands of the products.
         sums: type of the result.
     """

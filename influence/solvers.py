@@ -59,9 +59,20 @@ class SolverState:
 class Solver(Protocol):
     """How a gradient is preconditioned."""
 
-    name: str
-    needs_covariance: bool
-    needs_correction: bool
+    @property
+    def name(self) -> str:
+        """As in the config."""
+        ...
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether A and S are fitted for it."""
+        ...
+
+    @property
+    def needs_correction(self) -> bool:
+        """Whether Λ is fitted for it."""
+        ...
 
     def fit(self, curvature: LayerCurvature | None, damping_factor: float) -> SolverState:
         """Prepare the inverse of one layer's curvature."""

@@ -1,8 +1,8 @@
 """whence: which training sequences made a language model say this?
 
-    from pipelines import trace
-    result = trace("model.path=...", "corpus.path=...", "queries.path=...")
-    result.top.to_pandas()
+from pipelines import trace
+result = trace("model.path=...", "corpus.path=...", "queries.path=...")
+result.top.to_pandas()
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file with the top sequences of every query. Everything from outside is escaped."""
+"""The report: one self-contained HTML file with the top sequences of every query; all from outside is escaped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2
 p.note { color: var(--soft); margin: .25rem 0; }
 table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left; vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; } td.number { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
+th { font-weight: 600; white-space: nowrap; }
+td.number { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
 td.text { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 16rem; unicode-bidi: isolate; }
 .query { background: var(--mark); border-left: .25rem solid #c0392b; padding: .5rem .75rem; white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: isolate; }
@@ -29,7 +30,8 @@ details summary { cursor: pointer; }
 @media (max-width: 40rem) {
   body { padding: .75rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; }
   .top thead { display: none; } .top td { border: 0; display: inline-block; padding: .1rem .4rem; }
-  .top td.text { display: block; min-width: 0; } .top tr { border-bottom: 1px solid var(--line); display: block; padding: .4rem 0; }
+  .top td.text { display: block; min-width: 0; }
+  .top tr { border-bottom: 1px solid var(--line); display: block; padding: .4rem 0; }
 }
 @media print { body { max-width: none; } details > * { display: block; } }
 """

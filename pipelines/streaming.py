@@ -7,6 +7,7 @@ lose its class, its file and its row.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -51,25 +52,35 @@ def stream(task: Callable[[Any], pa.Table], items: Sequence[Any], cpus: int = 1)
             partial(_caught, task=task), batch_size=1, batch_format="pyarrow", num_cpus=cpus, zero_copy_batch=True
         )
         batches: Iterable[Any] = results.iter_batches(batch_format="pyarrow", batch_size=1, prefetch_batches=1)
-    for batch in batches:
-        for row in batch.to_pylist():
-            if row["error"] is not None:
-                raise _rebuilt(row["error"])
-            yield pa.ipc.open_stream(row["result"]).read_all()
+        for batch in batches:
+            for row in batch.to_pylist():
+                if row["error"] is not None:
+                    raise _rebuilt(row["error"])
+                yield pa.ipc.open_stream(row["result"]).read_all()
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Make datasets that draw no progress of their own: the stage does."""
+    """Keep Ray Data's own progress and notices off the console, where the stage's are; its log file has them."""
     context = ray.data.DataContext.get_current()
+    consoles = [
+        handler
+        for handler in logging.getLogger("ray.data").handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    ]
+    levels = [handler.level for handler in consoles]
     before = {name: getattr(context, name) for name in _LOUD if hasattr(context, name)}
     for name in before:
         setattr(context, name, False)
+    for handler in consoles:
+        handler.setLevel(logging.ERROR)
     try:
         yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)
 
 
 def _caught(batch: Any, task: Callable[[Any], pa.Table]) -> Any:

@@ -81,7 +81,7 @@ def reciprocal_rank(ranks_N: np.ndarray, relevant: np.ndarray) -> float:
 
 
 def outranked_share(scores_N: np.ndarray, confusing: np.ndarray, relevant: np.ndarray) -> float:
-    """Return the share of pairs (confusing, relevant) in which the confusing document scores higher; ties count half."""
+    """Return the share of pairs (confusing, relevant) whose confusing document scores higher; ties count half."""
     scores = np.nan_to_num(scores_N, nan=-np.inf)
     above = scores[confusing][:, None] > scores[relevant][None, :]
     level = scores[confusing][:, None] == scores[relevant][None, :]
@@ -157,7 +157,7 @@ def _by_chance(documents: int, judgement: Judgement, k: int) -> Evaluation:
         recall=_chance_recall(documents, relevant, k),
         reciprocal_rank=_chance_reciprocal_rank(documents, relevant),
         recall_by_kind={kind: _chance_recall(documents, count, k) for kind, count in kinds.items()},
-        rank_by_kind={kind: (documents + 1) / 2 for kind in kinds},
+        rank_by_kind=dict.fromkeys(kinds, (documents + 1) / 2),
         outranked={kind: 0.5 for kind, found in judgement.confusing.items() if len(found)},
     )
 

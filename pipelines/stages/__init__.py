@@ -1,0 +1,1 @@
+"""The stages of a trace: one file each, a function `run(context) -> StageResult`."""

@@ -31,7 +31,9 @@ def run(context: StageContext) -> StageResult:
         tasks.append(QueryTask(output, batch, rows, config.queries.measurement))
     progress.resume(finished)
     if tasks:
-        context.cluster.pool.run("query_gradients", tasks, done, lambda running: progress.advance_to(finished + running))
+        context.cluster.pool.run(
+            "query_gradients", tasks, done, lambda running: progress.advance_to(finished + running)
+        )
     progress.close()
     values, tokens = {}, 0
     for batch in range(len(starts)):

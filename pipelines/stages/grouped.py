@@ -1,7 +1,7 @@
 """Sums over fixed groups of sequences: the part that the covariance and the correction stage share.
 
-The sample is cut into groups that depend on the configuration alone. A replica sums a group from zero and commits it as one
-part; what is committed is never computed again; parts are merged in the order of groups.
+The sample is cut into groups that depend on the configuration alone. A replica sums a group from zero and commits it
+as one part; what is committed is never computed again; parts are merged in the order of groups.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from actors.factors import layer_file, load_selection
 from actors.reduction import precondition
 from conf.schema import QueriesConfig
@@ -29,12 +31,13 @@ def run(context: StageContext) -> StageResult:
     queries = len(gradients.read_json("queries.json"))
     layers = load_selection(context.inputs["layers"]).layers
     max_rank, residual, full = kept(config.queries)
+    dtype = getattr(torch, config.scan.sum_dtype.name) if full else None
     open_layers = [layer for layer in layers if not output.exists(layer_file(layer.name))]
     progress = context.progress("ihvp", len(layers), "layers")
     progress.resume(len(layers) - len(open_layers))
     solver = (config.factors.solver.name, config.factors.damping_factor)
     arguments = [
-        (output, gradients, factors, layer, *solver, queries, max_rank, residual, full) for layer in open_layers
+        (output, gradients, factors, layer, *solver, queries, max_rank, residual, dtype) for layer in open_layers
     ]
     for _ in context.cluster.map(precondition, arguments):
         progress.advance(1)

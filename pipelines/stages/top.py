@@ -52,14 +52,9 @@ def query_feeds(candidates: Artifact, query_id: str, sequence_ids: Sequence[int]
     found = {}
     for group in range(file.metadata.num_row_groups):
         table = file.read_row_group(group)
-        mine = pc.and_(
-            pc.fill_null(pc.equal(table.column("query_id").cast(pa.string()), query_id), False),
-            pc.is_in(table.column("sequence_id"), value_set=wanted),
-        )
+        mine = (pc.field("query_id") == query_id) & pc.field("sequence_id").isin(wanted)
         table = table.filter(mine)
-        found |= dict(
-            zip(table.column("sequence_id").to_pylist(), table.column("bm25_score").to_pylist(), strict=True)
-        )
+        found |= dict(zip(table.column("sequence_id").to_pylist(), table.column("bm25_score").to_pylist(), strict=True))
     return found
 
 
@@ -92,7 +87,8 @@ def describe_top(
 def feed_for(scanned: str, proposed: bool) -> str:
     """How a sequence reached this query.
 
-    `bm25`, `unfiltered` or `both`; `other` if BM25 proposed it for another query only, whose scan scored it for this one too.
+    `bm25`, `unfiltered` or `both`; `other` if BM25 proposed it for another query only, whose scan scored it for this
+    one too.
     """
     if scanned == "unfiltered" or (scanned == "both" and not proposed):
         return "unfiltered"

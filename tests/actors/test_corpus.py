@@ -25,6 +25,7 @@ from conf.schema import BadRecord as OnBadRecord
 from conf.schema import CorpusConfig, CorpusFormat, ModelConfig
 from tests.corpora import BOS, CONTEXT, EOS, byte_model, write_lines
 
+LIMITS = Limits(1000, CONTEXT)
 TEXTS = ["the cat", " sat on the mat.\n\nIt", "naïve café", "x" * 50, "end"]
 
 
@@ -47,7 +48,7 @@ def contents(settings: CorpusConfig) -> list[object]:
 
 
 def tokenised(
-    settings: CorpusConfig, tokeniser: Tokeniser, limits: Limits = Limits(1000, CONTEXT)
+    settings: CorpusConfig, tokeniser: Tokeniser, limits: Limits = LIMITS
 ) -> tuple[list[dict], dict[str, int], int]:
     rows: list[dict] = []
     skipped: dict[str, int] = {}
@@ -59,7 +60,7 @@ def tokenised(
     return rows, skipped, count
 
 
-def complaint(settings: CorpusConfig, tokeniser: Tokeniser, limits: Limits = Limits(1000, CONTEXT)) -> str:
+def complaint(settings: CorpusConfig, tokeniser: Tokeniser, limits: Limits = LIMITS) -> str:
     with pytest.raises(BadRecord) as caught:
         tokenised(settings, tokeniser, limits)
     return str(caught.value)
@@ -215,7 +216,7 @@ def test_a_format_can_be_given(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.* does not exist"):
+    with pytest.raises(ConfigError, match=r"nowhere.* does not exist"):
         list_files(config(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="no file with a known extension"):
         list_files(config(tmp_path))
@@ -363,9 +364,7 @@ BAD_LINES: list[tuple[object, str]] = [
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
 @pytest.mark.parametrize("part_bytes", [12, 10_000])
-def test_a_bad_line_is_named(
-    line: object, reason: str, part_bytes: int, tmp_path: Path, tokeniser: Tokeniser
-) -> None:
+def test_a_bad_line_is_named(line: object, reason: str, part_bytes: int, tmp_path: Path, tokeniser: Tokeniser) -> None:
     path = write_lines(tmp_path / "c.jsonl", [{"text": "good"}, "", {"text": "good"}, line, {"text": "good"}])
     settings = config(path, part_bytes=part_bytes)
     message = complaint(settings, tokeniser)

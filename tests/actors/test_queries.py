@@ -98,9 +98,7 @@ def test_a_whole_sequence_is_measured_from_its_second_token(model: ModelConfig, 
     (query,) = read(model, tmp_path, record, measurement=Measurement.sequence_log_probability, add_bos=False)
     assert len(query.input_ids) == 2
     record = GOOD | {"prompt": "", "completion": "a"}
-    message = complaint(
-        model, tmp_path, record, measurement=Measurement.sequence_log_probability, add_bos=False
-    )
+    message = complaint(model, tmp_path, record, measurement=Measurement.sequence_log_probability, add_bos=False)
     assert "fewer than two tokens" in message
 
 
@@ -165,7 +163,7 @@ def test_a_token_outside_the_models_vocabulary_is_named(tmp_path: Path) -> None:
 
 def test_a_file_without_queries_is_named(model: ModelConfig, tmp_path: Path) -> None:
     assert complaint(model, tmp_path, "", "  ").startswith(": the file has no query")
-    with pytest.raises(ConfigError, match="queries.path=.*absent.* does not exist"):
+    with pytest.raises(ConfigError, match=r"queries.path=.*absent.* does not exist"):
         parse_queries(str(tmp_path / "absent.jsonl"), Measurement.log_probability)
 
 

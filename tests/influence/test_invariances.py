@@ -162,9 +162,7 @@ def test_damping_does_not_depend_on_the_blocks(fitted: Fitted):
     in_blocks = fit(fitted.worker, batches_of(ROWS, 5), [LABELS], blocks=3)
     for name, state in fitted.solve("ekfac").items():
         assert in_blocks.solve("ekfac")[name].damping == pytest.approx(state.damping, rel=1e-12)
-        assert [len(block) for block in in_blocks.bases[name].gradient.vectors] != [
-            len(in_blocks.correction.mean(name))
-        ]
+        assert len(in_blocks.bases[name].gradient.vectors) == 3
 
 
 def test_blocks_of_one_coordinate_are_the_diagonal_of_the_fisher():

@@ -16,8 +16,9 @@ The conventions that differ, and how each is aligned here (also in docs/method-c
   sequence, the scale of Λ. With relative damping its K-FAC scores are T times ours, layer by layer.
 - GPT-2. It tracks `nn.Linear` only: Conv1D is rewritten as Linear here.
 - Default precision. float32 for sums and products there and here; float64 is asked for on both sides.
-- Modules that are called twice. Its factors add up the uses (`has_shared_parameters`), its pairwise scores keep the
-  last one only; so weight sharing is left to the brute force of `test_oracle.py`.
+- Modules that are called twice. Its factors add up the uses (`has_shared_parameters`), its pairwise scores are
+  overwritten by each use (67 % of the largest score away from brute force on the looped model here). So its factors are
+  compared on that model, and the scores of weight sharing are left to the brute force of `test_oracle.py`.
 
 Legend: Q queries, B sequences, T positions, O and I the outputs and columns of a layer.
 """
@@ -83,9 +84,9 @@ class LanguageModelling(Task):
 class Theirs:
     """kronfluence, run on one case."""
 
-    def __init__(self, case: Case, folder: Path, strategy: str = "ekfac", predicted_positions: bool = True) -> None:
+    def __init__(self, case: Case, folder: Path, strategy: str = "ekfac", **options: bool) -> None:
         names = [layer.name for layer in case.layers]
-        task = LanguageModelling(names, predicted_positions)
+        task = LanguageModelling(names, options.pop("predicted_positions", True))
         model = prepare_model(with_linears(copy.deepcopy(case.model)), task)
         self.analyzer = Analyzer("tiny", model, task, cpu=True, disable_tqdm=True, output_dir=str(folder))
         arguments = FactorArguments(
@@ -94,6 +95,7 @@ class Theirs:
             gradient_covariance_dtype=DOUBLE,
             per_sample_gradient_dtype=DOUBLE,
             lambda_dtype=DOUBLE,
+            **options,
         )
         self.analyzer.fit_all_factors("factors", dataset(FACTORS), per_device_batch_size=8, factor_args=arguments)
 
@@ -175,8 +177,26 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return ours(request.param), Theirs(CASES[request.param](), tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fitted, Theirs]:
+    """A module that is called twice."""
+    return ours("looped"), Theirs(CASES["looped"](), tmp_path_factory.mktemp("looped"), has_shared_parameters=True)
+
+
 def test_covariances_and_eigenvalues(pair: tuple[Fitted, Theirs]):
-    fitted, theirs = pair
+    compare_covariances(*pair)
+
+
+def test_correction(pair: tuple[Fitted, Theirs]):
+    compare_corrections(*pair)
+
+
+def test_factors_of_a_module_that_is_called_twice(shared: tuple[Fitted, Theirs]):
+    compare_covariances(*shared)
+    compare_corrections(*shared)
+
+
+def compare_covariances(fitted: Fitted, theirs: Theirs) -> None:
     moments, eigen = theirs.covariances(), theirs.eigenvalues()
     for layer in fitted.worker.selection.layers:
         name, basis = layer.name, fitted.bases[layer.name]
@@ -188,8 +208,7 @@ def test_covariances_and_eigenvalues(pair: tuple[Fitted, Theirs]):
         close(basis.gradient.all_values, eigen["gradient_eigenvalues"][name], f"eigenvalues of S of {name}")
 
 
-def test_correction(pair: tuple[Fitted, Theirs]):
-    fitted, theirs = pair
+def compare_corrections(fitted: Fitted, theirs: Theirs) -> None:
     for layer in fitted.worker.selection.layers:
         close(fitted.correction.mean(layer.name), theirs.correction(layer.name), f"Lambda of {layer.name}")
 

@@ -1,0 +1,203 @@
+"""The matrix products of one forward and one activation-only backward pass, read off a model on the meta device.
+
+T: positions of a sequence; W: width of attention, heads times head size.
+
+Parameters are frozen and autograd begins at the output of the first tracked layer (`influence.capture`), so which
+linear layers have a backward product depends on the order in which the model calls them: a probe sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from influence.layers import LayerSelection
+from influence.linears import LinearModule, block_pattern, find_linears, parameter_users
+
+_BATCH = 2  # sequences of a probe
+
+
+@dataclass(frozen=True)
+class LinearCalls:
+    """A linear layer of the model, tracked or not.
+
+    Attributes:
+        name: Module path.
+        inputs: Inputs, without a bias.
+        outputs: Outputs.
+        forward: Calls in a forward pass.
+        backward: Those of them whose input needs a gradient.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    forward: int = 1
+    backward: int = 1
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One block's attention over a full T × T square (masked positions are computed too); `backward` if it has one."""
+
+    name: str
+    width: int
+    backward: bool = True
+
+
+@dataclass(frozen=True)
+class ForwardShape:
+    """What a pass over one sequence consists of.
+
+    Attributes:
+        linears: Every linear layer that is called.
+        attentions: Every attention.
+        calls: Calls of each tracked layer in a forward pass, over all the modules that use its weight.
+        vocabulary: Logits a position.
+        saved_numbers: Activations a position that autograd holds from the forward to the backward pass.
+        probed: Whether a forward pass on the meta device was seen; if not, the order of the module tree stands for it.
+    """
+
+    linears: tuple[LinearCalls, ...]
+    attentions: tuple[Attention, ...]
+    calls: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: int = 0
+    saved_numbers: int = 0
+    probed: bool = True
+
+
+def forward_shape(model: nn.Module, selection: LayerSelection, tokens: int) -> ForwardShape:
+    """Run a forward pass on the meta device, where nothing is computed, and note what is called.
+
+    Attention's width is the number of inputs of its output projection, the attention linear of a block that is called
+    last.
+
+    Args:
+        model: On the meta device, frozen here; called as `model(input_ids=...)`.
+        selection: Its tracked layers.
+        tokens: Positions of the probe; a model whose context is shorter must be asked for less.
+
+    Returns:
+        The shape. Where the forward pass needs values (a mixture of experts, say), it is made from the module tree
+        alone: every layer called once, gradients needed from the first tracked layer on, and `probed` is off.
+    """
+    linears = find_linears(model, parameter_users(model))
+    probe = _Probe(model.requires_grad_(False), linears, selection, tokens)
+    try:
+        logits = probe.run()
+    except (NotImplementedError, RuntimeError, ValueError, TypeError):
+        return _from_tree(model, linears, selection)
+    calls = {layer.name: sum(probe.forward.get(path, 0) for path in layer.modules) for layer in selection.layers}
+    return ForwardShape(
+        tuple(probe.called()),
+        tuple(_attentions(probe.order, {linear.path: linear for linear in linears}, probe.needs_gradient)),
+        calls,
+        logits.shape[-1],
+        probe.saved_numbers(),
+    )
+
+
+class _Probe:
+    """Hooks that note calls, in order, and the tensors that autograd saves."""
+
+    def __init__(self, model: nn.Module, linears: list[LinearModule], selection: LayerSelection, tokens: int) -> None:
+        self._model, self._linears, self._tokens = model, linears, tokens
+        self._tracked = {path for layer in selection.layers for path in layer.modules}
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._saved: dict[int, int] = {}
+        self.order: list[str] = []
+        self.forward: dict[str, int] = {}
+        self.needs_gradient: dict[str, int] = {}
+
+    def run(self) -> Tensor:
+        """One forward pass; gives the logits."""
+        handles = [linear.module.register_forward_hook(self._note(linear.path)) for linear in self._linears]
+        input_ids_BT = torch.zeros(_BATCH, self._tokens, dtype=torch.long, device="meta")
+        try:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+                return self._model(input_ids=input_ids_BT).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def called(self) -> list[LinearCalls]:
+        """Every linear that was called, in the order of first calls."""
+        return [
+            LinearCalls(path, *self._sizes[path], self.forward[path], self.needs_gradient[path])
+            for path in dict.fromkeys(self.order)
+        ]
+
+    def saved_numbers(self) -> int:
+        """Numbers a position that autograd saved, parameters left out."""
+        parameters = {parameter.untyped_storage()._cdata for parameter in self._model.parameters()}
+        numbers = sum(count for storage, count in self._saved.items() if storage not in parameters)
+        return numbers // (_BATCH * self._tokens)
+
+    def _note(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            rows = inputs[0].numel() // inputs[0].shape[-1]
+            if rows == _BATCH * self._tokens:  # the head may be asked for fewer, experts for a share
+                self.order.append(path)
+                self._sizes[path] = (inputs[0].shape[-1], output.shape[-1])
+                self.forward[path] = self.forward.get(path, 0) + 1
+                self.needs_gradient[path] = self.needs_gradient.get(path, 0) + inputs[0].requires_grad
+            if path in self._tracked and not output.requires_grad:
+                output = output.detach().requires_grad_()
+            return output
+
+        return hook
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        """Note a saved tensor; attention's T × T weights, which fused kernels do not keep, are left out."""
+        if tensor.dim() < 4 or tuple(tensor.shape[-2:]) != (self._tokens, self._tokens):
+            storage = tensor.untyped_storage()
+            self._saved[storage._cdata] = storage.nbytes() // tensor.itemsize
+        return tensor
+
+
+def _attentions(
+    order: list[str], linears: Mapping[str, LinearModule], needs_gradient: Mapping[str, int]
+) -> list[Attention]:
+    """The attention of every block, by its output projection: the attention linear that was called last there."""
+    last: dict[str, str] = {}
+    for path in order:
+        if linears[path].part == "attention":
+            last[path.rpartition(".")[0]] = path
+    return [
+        Attention(place, _inputs(linears[path].module), needs_gradient.get(path, 0) > 0) for place, path in last.items()
+    ]
+
+
+def _inputs(module: nn.Module) -> int:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.shape[0] if hasattr(module, "nf") else weight.shape[1]
+
+
+def _from_tree(model: nn.Module, linears: list[LinearModule], selection: LayerSelection) -> ForwardShape:
+    plain = [linear for linear in linears if linear.module._parameters.get("weight") is not None]
+    first = next(index for index, linear in enumerate(plain) if linear.path == selection.layers[0].modules[0])
+    calls = []
+    for index, linear in enumerate(plain):
+        weight = linear.module._parameters["weight"]
+        assert weight is not None
+        inputs = _inputs(linear.module)
+        calls.append(LinearCalls(linear.path, inputs, weight.numel() // inputs, 1, int(index > first)))
+    backward = {call.name: call.backward for call in calls}
+    return ForwardShape(
+        tuple(calls),
+        tuple(_attentions([call.name for call in calls], {linear.path: linear for linear in plain}, backward)),
+        {layer.name: len(layer.modules) for layer in selection.layers},
+        calls[-1].outputs,
+        2 * sum(call.inputs + call.outputs for call in calls[:-1]),
+        probed=False,
+    )
+
+
+def describe_shape(shape: ForwardShape) -> str:
+    """One line for people: the kinds of linear layers, with their sizes."""
+    kinds = dict.fromkeys(f"{block_pattern(call.name)} {call.inputs}→{call.outputs}" for call in shape.linears)
+    return ", ".join(kinds)
