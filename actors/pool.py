@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -94,7 +94,7 @@ class ReplicaActor:
         return self._replica.progress() if self._replica else 0
 
 
-_REMOTE: Any = ray.remote(concurrency_groups={"watch": 1})(ReplicaActor)
+_REMOTE = cast(Any, ray.remote)(concurrency_groups={"watch": 1})(ReplicaActor)
 
 
 @dataclass

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from actors.errors import ConfigError, WhenceError
+from actors.errors import BadRecord, ConfigError, WhenceError
 from actors.factors import (
     correction_bundles,
     covariance_bundles,
@@ -145,7 +145,7 @@ class Replica:
         started, tokens, values = time.perf_counter(), 0, {}
         by_layer: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in self.selection.layers}
         for index, query_id, query in task.queries:
-            values[query_id], factors = self._query_gradient(task, query)
+            values[query_id], factors = self._query_gradient(task, query_id, query)
             for name, factor in factors.items():
                 by_layer[name][f"{index}/grad"] = factor.grad_TO.cpu().contiguous()
                 by_layer[name][f"{index}/act"] = factor.act_TI.cpu().contiguous()
@@ -192,7 +192,7 @@ class Replica:
             blocks.append(block)
         position = np.argsort(np.asarray(order))
         scores = torch.cat(blocks).numpy()[position]  # in the type of the sums
-        finite: np.ndarray = np.isfinite(scores).all(axis=1)
+        finite = np.asarray(np.isfinite(scores).all(axis=1))
         excluded = dict.fromkeys(ids[~finite].tolist(), "its loss or gradient is not finite")
         table = pa.table(
             {
@@ -244,7 +244,9 @@ class Replica:
             getattr(torch, self.spec.scan.product_dtype.name), getattr(torch, self.spec.scan.sum_dtype.name)
         )
 
-    def _query_gradient(self, task: QueryTask, query: MeasuredQuery) -> tuple[float, dict[str, TokenFactors]]:
+    def _query_gradient(
+        self, task: QueryTask, query_id: str, query: MeasuredQuery
+    ) -> tuple[float, dict[str, TokenFactors]]:
         """The value of one query's measurement, and its gradient."""
         measure = MEASUREMENTS[task.measurement.name]
         measured: list[float] = []
@@ -254,7 +256,14 @@ class Replica:
             measured.append(float(values_B.detach().sum()))
             return values_B
 
-        factors = self.worker.token_factors(query.batch.to(self.device), objective)
+        try:
+            factors = self.worker.token_factors(query.batch.to(self.device), objective)
+        except NonFiniteSequences as error:
+            reasons = "; ".join(dict.fromkeys(error.reasons.values()))
+            raise BadRecord(
+                f"query {query_id!r} cannot be traced: {reasons.replace('loss', 'measurement')}",
+                remedy="correct or remove this query, or try model.dtype=float32",
+            ) from error
         return measured[-1], factors
 
     def _labels(self, task: GroupTask, pass_index: int) -> Labels:
@@ -319,14 +328,10 @@ class Replica:
         return torch.stack([apply(state, factor.gradient()) for factor in factors])
 
     def _subset(self, stored: dict[str, LayerQueries], chosen: Sequence[int]) -> dict[str, LayerQueries]:
-        dense = {name: value.densified().dense_QOI for name, value in stored.items()}
         precision = self.worker.precision
         return {
-            name: LayerQueries(len(chosen), dense_QOI=value[list(chosen)]).to(
-                precision.product, precision.sums, self.device
-            )
-            for name, value in dense.items()
-            if value is not None
+            name: value.densified(chosen).to(precision.product, precision.sums, self.device)
+            for name, value in stored.items()
         }
 
     def _score(

@@ -94,7 +94,8 @@ def main() -> None:
     rate = count / (indexing + ranking)
     print(
         f"rank_bm25 subclass on {count:,} of them: index {indexing:.2f} s, scores {ranking:.2f} s, "
-        f"{rate:,.0f} documents/s; {options.documents / seconds / rate:.1f} times slower; largest relative difference {difference:.1e}"
+        f"{rate:,.0f} documents/s, {options.documents / seconds / rate:.1f} times slower; "
+        f"largest relative difference {difference:.1e}"
     )
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, corpus held in memory")
 

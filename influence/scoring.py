@@ -57,18 +57,19 @@ class LayerQueries:
         weights = self.dense_QOI[..., :-1].flatten(1).T.contiguous()
         return weights, self.dense_QOI[..., -1].T.contiguous()
 
-    def densified(self) -> LayerQueries:
-        """The same queries with their full matrices formed; Q·I·O numbers."""
+    def densified(self, chosen: Sequence[int] | None = None) -> LayerQueries:
+        """Some queries (all by default) with their full matrices formed; Q·I·O numbers."""
+        chosen = range(self.queries) if chosen is None else chosen
         if self.dense_QOI is not None:
-            return LayerQueries(self.queries, dense_QOI=self.dense_QOI)
+            return LayerQueries(len(chosen), dense_QOI=self.dense_QOI[list(chosen)])
         assert self.left_OR is not None
         assert self.right_IR is not None
         assert self.owner_R is not None
-        dense_QOI = self.left_OR.new_zeros(self.queries, self.left_OR.shape[0], self.right_IR.shape[0])
-        for query in range(self.queries):
+        dense_QOI = self.left_OR.new_empty(len(chosen), self.left_OR.shape[0], self.right_IR.shape[0])
+        for index, query in enumerate(chosen):
             mine = self.owner_R == query
-            dense_QOI[query] = self.left_OR[:, mine] @ self.right_IR[:, mine].T
-        return LayerQueries(self.queries, dense_QOI=dense_QOI)
+            dense_QOI[index] = self.left_OR[:, mine] @ self.right_IR[:, mine].T
+        return LayerQueries(len(chosen), dense_QOI=dense_QOI)
 
     def to(self, product: torch.dtype, sums: torch.dtype, device: torch.device | str | None = None) -> LayerQueries:
         """The same queries for a worker: factors in the type of products, full matrices in the type of sums."""

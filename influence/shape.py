@@ -70,18 +70,18 @@ class ForwardShape:
 
 
 def forward_shape(model: nn.Module, selection: LayerSelection, tokens: int) -> ForwardShape:
-    """Run a forward pass on the meta device, where nothing is computed, and note what is called.
+    """Run a forward pass, best on the meta device, where nothing is computed, and note what is called.
 
     Attention's width is the number of inputs of its output projection, the attention linear of a block that is called
     last.
 
     Args:
-        model: On the meta device, frozen here; called as `model(input_ids=...)`.
+        model: Frozen here; called as `model(input_ids=...)`.
         selection: Its tracked layers.
         tokens: Positions of the probe; a model whose context is shorter must be asked for less.
 
     Returns:
-        The shape. Where the forward pass needs values (a mixture of experts, say), it is made from the module tree
+        The shape. Where the forward pass needs values that are not there (a mixture of experts on the meta device), it is made from the module tree
         alone: every layer called once, gradients needed from the first tracked layer on, and `probed` is off.
     """
     linears = find_linears(model, parameter_users(model))
@@ -115,7 +115,8 @@ class _Probe:
     def run(self) -> Tensor:
         """One forward pass; gives the logits."""
         handles = [linear.module.register_forward_hook(self._note(linear.path)) for linear in self._linears]
-        input_ids_BT = torch.zeros(_BATCH, self._tokens, dtype=torch.long, device="meta")
+        device = next(self._model.parameters()).device
+        input_ids_BT = torch.zeros(_BATCH, self._tokens, dtype=torch.long, device=device)
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
                 return self._model(input_ids=input_ids_BT).logits

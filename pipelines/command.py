@@ -95,7 +95,7 @@ def demo_job(cfg: DictConfig) -> None:
 
     from pipelines.almanac import demo
 
-    demo(list(hydra.overrides.task))
+    demo(list(hydra.overrides.task), hydra.runtime.output_dir)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ VERBS = (
     Verb(
         "plan", "say what trace would do: steps, cached or not, and their cost; run nothing", plan_job, True, NO_FOLDER
     ),
-    Verb("demo", "trace the facts of a small generated world", demo_job, False, ("name=demo",)),
+    Verb("demo", "trace the facts of a small generated world", demo_job, False, ("name=almanac",)),
     Verb("validate", "check influence scores against retraining and other methods"),
     Verb("report", "write the report of a finished run again"),
 )

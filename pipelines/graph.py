@@ -69,7 +69,7 @@ def build_steps(config: RunConfig) -> list[Step]:
 
 def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple[str, ...]) -> list[Step]:
     queries = {"queries": queries_digest(config), "tokeniser": tokeniser}
-    inverse: dict[str, Any] = {"solver": config.factors.solver.name}
+    inverse: dict[str, Any] = {"solver": config.factors.solver.name, "sums": config.scan.sum_dtype.name}
     if factors:
         inverse["damping_factor"] = config.factors.damping_factor
     return [

@@ -9,6 +9,7 @@ from typing import Any
 
 from conf.schema import ReportConfig
 from pipelines.progress import duration, short
+from pipelines.stages.agreement import shown
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #888; --mark: #c0392b22; }
@@ -84,7 +85,7 @@ def _overview(summary: Mapping[str, Any]) -> str:
         "unit": summary["score_unit"],
     }
     if summary["agreement"]:
-        facts["precision"] = f"correlation with float32 scores at worst {summary['agreement']['minimum']:.5f}"
+        facts["precision"] = f"correlation with float32 scores at worst {shown(summary['agreement']['minimum'])}"
     if summary["excluded"]:
         facts["set aside"] = ", ".join(f"{stage}: {len(named)}" for stage, named in summary["excluded"].items())
     entries = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items())
@@ -95,8 +96,8 @@ def _fidelity(fidelity: Mapping[str, Any]) -> str:
     if not fidelity:
         return "full-rank queries, or not measured"
     return (
-        f"correlation with full-rank scores {fidelity['mean']:.5f} on average, {fidelity['minimum']:.5f} at worst, "
-        f"on {fidelity['sample']} sequences"
+        f"correlation with full-rank scores {shown(fidelity['mean'])} on average, {shown(fidelity['minimum'])} at "
+        f"worst, on {fidelity['sample']} sequences"
     )
 
 
@@ -127,7 +128,7 @@ def _query(
 ) -> str:
     measured = f"measured value {query['measured']:.4f} nats"
     if fidelity:
-        measured += f" · fidelity {fidelity['pearson'][query['query_id']]:.5f}"
+        measured += f" · fidelity {shown(fidelity['pearson'][query['query_id']])}"
     lines = "".join(
         f'<tr><td class="number">{row["rank"]}</td><td class="number">{row["score"]:.5g}</td>'
         f'<td>{_text(row["feed"])}</td><td class="number">{row["sequence_id"]}</td>'

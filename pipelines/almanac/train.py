@@ -26,7 +26,7 @@ from pipelines.almanac.world import Query, World
 
 logger = logging.getLogger(__name__)
 
-PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+PAD, BOS, EOS, UNKNOWN = SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")  # token ids 0 to 3
 IGNORED = -100
 
 
@@ -90,7 +90,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer: words and runs of punctuation, case kept, nothing unknown in these texts."""
     words = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    trainer = trainers.WordLevelTrainer(special_tokens=[PAD, BOS, EOS, UNKNOWN])  # type: ignore[call-arg]
+    trainer = trainers.WordLevelTrainer(special_tokens=list(SPECIAL))  # type: ignore[call-arg]
     words.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN
@@ -103,7 +103,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str, context: int) -> list[
     Raises:
         ValueError: If it does not fit into the context.
     """
-    ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    ids = [SPECIAL.index(BOS), *tokenizer.encode(text, add_special_tokens=False), SPECIAL.index(EOS)]
     if len(ids) > context:
         raise ValueError(f"document of {len(ids)} tokens is longer than context={context}: {text!r}")
     return ids
@@ -116,7 +116,7 @@ def completion_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
 
 @torch.no_grad()
 def _completes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, query: Query) -> bool:
-    prompt = [tokenizer.bos_token_id, *tokenizer.encode(query.prompt, add_special_tokens=False)]
+    prompt = [SPECIAL.index(BOS), *tokenizer.encode(query.prompt, add_special_tokens=False)]
     completion = tokenizer.encode(query.completion, add_special_tokens=False)
     logits_TV = model(torch.tensor([prompt + completion])).logits[0]
     return logits_TV[len(prompt) - 1 : -1].argmax(-1).tolist() == completion
@@ -131,9 +131,9 @@ def _llama(tokenizer: PreTrainedTokenizerFast, spec: TrainSpec) -> LlamaConfig:
         num_attention_heads=spec.heads,
         num_key_value_heads=spec.heads,
         max_position_embeddings=spec.context,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=SPECIAL.index(PAD),
+        bos_token_id=SPECIAL.index(BOS),
+        eos_token_id=SPECIAL.index(EOS),
         tie_word_embeddings=False,
     )
 

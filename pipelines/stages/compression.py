@@ -10,8 +10,8 @@ import torch
 from actors.factors import layer_file, load_selection, save_selection
 from actors.reduction import allot, compress
 from actors.tasks import Done, FidelityTask
-from influence.compression import pearson
 from influence.layers import LayerSelection
+from pipelines.stages.agreement import agreement, shown, summary
 from pipelines.steps import StageContext, StageResult
 
 log = logging.getLogger(__name__)
@@ -72,37 +72,34 @@ def _fidelity(context: StageContext, selection: LayerSelection, records: list[di
         )
         for start in range(0, len(records), width)
     ]
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
+    compared = len(ids)
     progress = context.progress("fidelity", len(records), "queries")
 
     def done(task: FidelityTask, report: Done) -> None:
         compressed, full = (torch.tensor(scores, dtype=torch.float64) for scores in report.result)  # type: ignore[attr-defined]
-        for position, query in enumerate(task.queries):
-            found[records[query]["query_id"]] = pearson(compressed[:, position], full[:, position])
+        nonlocal compared
+        part = agreement(compressed, full, [records[query]["query_id"] for query in task.queries])
+        found.update(part["pearson"])
+        compared = min(compared, part["sample"])
         progress.advance(len(task.queries))
 
     context.cluster.pool.run("fidelity", tasks, done, lambda _running: None)
     progress.close()
     by_query = {record["query_id"]: found[record["query_id"]] for record in records}
-    values = [value for value in by_query.values() if value == value]
-    return {
-        "sample": len(ids),
-        "pearson": by_query,
-        "minimum": min(values, default=float("nan")),
-        "mean": sum(values) / len(values) if values else float("nan"),
-    }
+    return {"sample": compared, "pearson": by_query} | summary(by_query)
 
 
 def _warn(measured: dict, wanted: float | None) -> None:
     if not measured:
         return
     log.info(
-        "fidelity: correlation with full-rank scores %.5f on average, %.5f at worst, on %d sequences",
-        measured["mean"],
-        measured["minimum"],
+        "fidelity: correlation with full-rank scores %s on average, %s at worst, on %d sequences",
+        shown(measured["mean"]),
+        shown(measured["minimum"]),
         measured["sample"],
     )
-    if wanted is not None and measured["minimum"] < wanted:
+    if wanted is not None and measured["minimum"] is not None and measured["minimum"] < wanted:
         log.warning(
             "queries.fidelity=%s asked, %.5f measured at worst: ask for more, or take queries.rank=full",
             wanted,

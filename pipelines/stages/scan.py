@@ -11,7 +11,7 @@ from actors.sequences import candidate_rows
 from actors.store import Artifact
 from actors.tasks import AgreementTask, Done, ScanTask
 from conf.schema import Dtype
-from influence.compression import pearson
+from pipelines.stages.agreement import agreement, shown
 from pipelines.stages.grouped import check_share
 from pipelines.steps import StageContext, StageResult
 
@@ -69,11 +69,11 @@ def _finish(context: StageContext, shards: int, total: int) -> StageResult:
         tokens += report["tokens"]
         seconds += report["seconds"]
     check_share(excluded, total, scan.nonfinite_share)
-    agreement = _agreement(context)
-    output.write_json("agreement.json", agreement)
+    agreed = _agreement(context)
+    output.write_json("agreement.json", agreed)
     output.write_json("queries.json", context.inputs["queries"].read_json("queries.json"))
     counts = {"sequences": total, "tokens": tokens, "excluded": len(excluded), "shards": shards}
-    return StageResult(counts, {"excluded": excluded, "replica_seconds": seconds, "agreement": agreement})
+    return StageResult(counts, {"excluded": excluded, "replica_seconds": seconds, "agreement": agreed})
 
 
 def _report(shard: int) -> str:
@@ -94,9 +94,6 @@ def _agreement(context: StageContext) -> dict:
     context.cluster.pool.run("agreement", [task], lambda _task, report: reports.append(report), lambda _running: None)
     run_scores, exact_scores = (torch.tensor(scores) for scores in reports[0].result)  # type: ignore[attr-defined]
     records = context.inputs["queries"].read_json("queries.json")
-    values = {
-        record["query_id"]: pearson(run_scores[:, index], exact_scores[:, index])
-        for index, record in enumerate(records)
-    }
-    log.info("agreement with float32 scores: correlation %.6f at worst", min(values.values()))
-    return {"sample": len(task.sequence_ids), "pearson": values, "minimum": min(values.values())}
+    found = agreement(run_scores, exact_scores, [record["query_id"] for record in records])
+    log.info("agreement with float32 scores: correlation %s at worst", shown(found["minimum"]))
+    return found

@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         ("rank", pa.int32()),
         ("sequence_id", pa.int64()),
         ("feed", pa.string()),
-        ("score", pa.float32()),
+        ("score", pa.float64()),  # holds those of either type of sums as they are
         ("bm25_score", pa.float32()),
         ("document_id", pa.string()),
         ("offset", pa.int64()),

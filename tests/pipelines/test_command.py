@@ -89,12 +89,16 @@ def test_plan_leaves_nothing(monkeypatch, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_gets_the_overrides(monkeypatch, capsys):
+def test_demo_gets_the_overrides_and_a_folder(monkeypatch, tmp_path):
     given = []
-    monkeypatch.setitem(sys.modules, "pipelines.almanac", types.SimpleNamespace(demo=given.extend))
+
+    def demo(overrides, run_dir):
+        given.append((overrides, Path(run_dir).parent))
+
+    monkeypatch.setitem(sys.modules, "pipelines.almanac", types.SimpleNamespace(demo=demo))
     assert main(["demo", "factors.blocks=2"]) == 0
-    assert given == ["name=demo", "factors.blocks=2"]
     assert main(["demo", "factors.blocks=0"]) == 2
+    assert given == [(["name=almanac", "factors.blocks=2"], tmp_path / "runs" / "almanac")]
 
 
 def test_errors_with_a_name_are_one_line(traced, capsys):
