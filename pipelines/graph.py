@@ -11,6 +11,7 @@ from typing import Any
 from actors.corpus import corpus_digest
 from actors.model import model_digest
 from actors.queries import queries_digest
+from actors.tokeniser import load_tokeniser, model_limits
 from conf.schema import PrefilterKind, RunConfig, UnfilteredKind, plain
 from influence.solvers import SOLVERS
 from pipelines.stages import (
@@ -123,12 +124,13 @@ def _model(config: RunConfig) -> dict[str, Any]:
 
 
 def _tokeniser(config: RunConfig) -> dict[str, Any]:
-    corpus = config.corpus
-    path = config.model.tokenizer or config.model.path
+    limits = model_limits(config.model)
     return {
-        "digest": model_digest(path, config.model.revision),
-        "add_bos": corpus.add_bos,
-        "add_eos": corpus.add_eos,
+        "digest": load_tokeniser(config.model).digest(),
+        "vocabulary": limits.vocabulary,
+        "context": limits.context,
+        "add_bos": config.corpus.add_bos,
+        "add_eos": config.corpus.add_eos,
     }
 
 

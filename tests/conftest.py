@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from transformers import (
     GPT2Config,
@@ -23,6 +24,17 @@ CONTEXT = 32
 ModelFactory = Callable[..., PreTrainedModel]
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray of four CPUs for all tests that need any; runs find it started and leave it alone."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Imports go down only: pipelines -> actors -> influence, with conf a leaf; and no file is a drawer for odds and ends."""
+"""Imports go down only: pipelines -> actors -> influence, with conf a leaf; no file is a drawer for odds and ends."""
 
 from __future__ import annotations
 

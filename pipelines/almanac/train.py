@@ -47,7 +47,7 @@ class TrainSpec:
     epochs: int = 10  # the learning rate falls to a tenth over them
     most_epochs: int = 30  # if the facts are not learned by then, training goes on at the low rate up to here
     accuracy: float = 0.95  # of the queries, completed greedily
-    threads: int = 2
+    threads: int = 1  # more help little with matrices of this size, and hurt where cores are shared
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from influence.compression import pearson
 def agreement(first_NQ: Tensor, second_NQ: Tensor, query_ids: Sequence[str]) -> dict[str, Any]:
     """The correlation of every query's scores, its minimum and its mean over queries, JSON-able.
 
-    Sequences whose scores are not finite are left out. A correlation is None where it is undefined: scores that are constant
-    over the sample, or fewer than two sequences; so are minimum and mean if no query has one.
+    Sequences whose scores are not finite are left out. A correlation is None where it is undefined: scores that are
+    constant over the sample, or fewer than two sequences; so are minimum and mean if no query has one.
     """
     finite_N = (torch.isfinite(first_NQ) & torch.isfinite(second_NQ)).all(dim=1)
     first_NQ, second_NQ = first_NQ[finite_N], second_NQ[finite_N]

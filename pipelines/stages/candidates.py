@@ -56,24 +56,36 @@ def run(context: StageContext) -> StageResult:
     if config.prefilter.kind is PrefilterKind.bm25:
         prepare(context.cluster)
         best = bm25_candidates(context, sequences, queries)
-    unfiltered = unfiltered_sequences(config.unfiltered, _index(sequences)["sequences"])
-    table = candidates_table([query.query_id for query in queries], best, unfiltered)
-    if not len(table):
+    names = [query.query_id for query in queries]
+    arguments = (context.artifact, names, best, config.unfiltered, _index(sequences)["sequences"])
+    if context.cluster is None:
+        index = write_candidates(*arguments)
+    else:  # in a task: the table grows with the unfiltered feed, and the driver holds nothing that grows
+        ((_, index),) = context.cluster.map(write_candidates, [arguments])
+    if index["rows"] == 0:
         raise BadRecord(
             "no sequence shares a token with any query, and there is no unfiltered feed",
             file=config.queries.path,
             remedy="set unfiltered.kind=sample or all",
         )
-    context.artifact.write_table(TABLE, table, ROW_GROUP)
+    context.artifact.write_json("index.json", index)
+    return StageResult({name: index[name] for name in ("per_feed", "sequences", "rows")})
+
+
+def write_candidates(
+    output: Artifact, query_ids: Sequence[str], best: Sequence[TopK], feed: UnfilteredConfig, sequences: int
+) -> dict:
+    """Put both feeds together, write the table, and count it. Runs as a Ray task."""
+    unfiltered = unfiltered_sequences(feed, sequences)
+    table = candidates_table(query_ids, best, unfiltered)
+    output.write_table(TABLE, table, ROW_GROUP)
     proposed = np.unique(np.concatenate([top.sequence_ids for top in best]))
-    index = {
+    return {
         "per_feed": {"bm25": len(proposed), "unfiltered": len(unfiltered)},
-        "per_query": {query.query_id: len(top.sequence_ids) for query, top in zip(queries, best, strict=True)},
+        "per_query": {query: len(top.sequence_ids) for query, top in zip(query_ids, best, strict=True)},
         "sequences": len(np.union1d(proposed, unfiltered)),
         "rows": len(table),
     }
-    context.artifact.write_json("index.json", index)
-    return StageResult({name: index[name] for name in ("per_feed", "sequences", "rows")})
 
 
 def bm25_candidates(context: StageContext, sequences: Artifact, queries: Sequence[TokenisedQuery]) -> list[TopK]:

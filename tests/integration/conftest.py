@@ -1,29 +1,16 @@
-"""One Ray session, one tiny world and one finished run for all tests of whole runs."""
+"""One tiny world and one finished run of it for all tests of whole runs, on the one Ray of `ray_session`."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
+import transformers
 
-from tests.integration.world import World, run_locally
 from pipelines.tracing import TraceResult
+from tests.integration.world import World, run_locally
 
-
-@pytest.fixture(scope="session")
-def session() -> Iterator[None]:
-    """Ray, for as long as the tests of whole runs last; runs find it started and leave it alone."""
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
-    )
-    yield
-    ray.shutdown()
+transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +21,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of `traced`, to fork or to add artifacts to."""
+    """The store of `traced`: add artifacts to it or fork it, and damage nothing in it."""
     return tmp_path_factory.mktemp("base") / "store"
 
 
 @pytest.fixture(scope="session")
-def traced(session: None, world: World, store: Path, tmp_path_factory: pytest.TempPathFactory) -> TraceResult:
-    """A finished run at full rank with the settings of `World.settings`, in this process."""
+def traced(ray_session: None, world: World, store: Path, tmp_path_factory: pytest.TempPathFactory) -> TraceResult:
+    """A finished run with the settings of `World.settings`, by a replica in this process."""
     return run_locally(world.config(store), tmp_path_factory.mktemp("traced"))

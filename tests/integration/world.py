@@ -1,4 +1,4 @@
-"""A tiny world to trace: model folders, a corpus and queries of our own wording, and a cluster without replica actors."""
+"""A tiny world to trace: models, a corpus and queries of our own wording; and a cluster without replica actors."""
 
 from __future__ import annotations
 
@@ -125,6 +125,7 @@ class World:
     @classmethod
     def make(cls, root: Path) -> World:
         """Write the files."""
+        root.mkdir(exist_ok=True)
         for name, model in (("llama", tiny_llama()), ("gpt2", tiny_gpt2())):
             model.save_pretrained(root / name)
             write_tokenizer(root / name)

@@ -89,9 +89,8 @@ def test_files_say_the_same(world: World, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "almanac.jsonl").read_text().splitlines()]
     truth = json.loads((tmp_path / "truth.json").read_text())
     query = world.queries[0]
-    assert [row["id"] for row in rows if query.fact_id in row["states"] and row["kind"] == "forward"] == truth[
-        "queries"
-    ][query.query_id]["forward"]
+    forward = [row["id"] for row in rows if query.fact_id in row["states"] and row["kind"] == "forward"]
+    assert forward == truth["queries"][query.query_id]["forward"]
     assert json.loads((tmp_path / "queries.jsonl").read_text().splitlines()[0])["completion"] == query.completion
 
 
@@ -129,7 +128,7 @@ def test_prepared_almanac_is_kept(tmp_path: Path) -> None:
     first = prepare(tmp_path, SMALL, spec)
     assert prepare(tmp_path, SMALL, spec).training == first.training
     assert [path.name for path in tmp_path.iterdir()] == [first.folder.name]
-    assert f"model.path={first.folder}/model" in first.overrides()
+    assert f"model.path='{first.folder}/model'" in first.overrides()
 
 
 SCORES_N = np.array([0.9, 0.1, 0.8, 0.7, 0.2, 0.6])  # ranks 1 6 2 3 5 4
