@@ -2,8 +2,8 @@
 # make test    a virtual environment, the tests
 # make check   lint, then test
 #
-# PYTHON=python3.12 picks the interpreter of a new environment. TORCH_FLAGS reaches the installation of torch alone:
-# TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu" is a far smaller download for a machine without a GPU.
+# PYTHON=python3.12 picks the interpreter of a new environment. TORCH_FLAGS reaches the installation of torch alone: an
+# index of CPU builds, say, is a far smaller download for a machine without a GPU.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ TORCH_FLAGS ?=
 OVERRIDES ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 RUN := $(VENV)/.installed
 DEVELOP := $(VENV)/.installed-test
 

@@ -4,7 +4,6 @@ The classes cross process borders (Ray actors, worker processes), so each holds 
 `BaseException.__reduce__` then rebuilds it whole. Subclasses add no arguments of their own.
 """
 
-
 from __future__ import annotations
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from transformers.utils.logging import disable_progress_bar
 
 from actors.dealing import ATTEMPTS, Dealer
 from actors.errors import WhenceError
@@ -79,7 +80,8 @@ class ReplicaActor:
         self._replica: Replica | None = None
 
     def load(self, spec: ReplicaSpec) -> LayerSelection:
-        """Load the model."""
+        """Load the model; its bars of progress would garble the driver's log."""
+        disable_progress_bar()
         self._replica = Replica(spec)
         return self._replica.describe()
 

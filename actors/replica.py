@@ -198,9 +198,7 @@ class Replica:
             {
                 "sequence_id": pa.array(ids[finite], pa.int64()),
                 "feed": pa.array([feed for feed, good in zip(feeds, finite, strict=True) if good]).dictionary_encode(),
-                "scores": pa.FixedSizeListArray.from_arrays(
-                    pa.array(scores[finite].reshape(-1)), scores.shape[1]
-                ),
+                "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores[finite].reshape(-1)), scores.shape[1]),
             }
         )
         task.output.write_table(f"shard-{task.shard:06d}.parquet", table)

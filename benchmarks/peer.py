@@ -1,7 +1,7 @@
 """kronfluence 1.0.1 as a peer of `benchmarks.stages`: its covariance, Lambda and pairwise scores, timed from inside.
 
-Its loops over the data are wrapped in a clock, so that neither its files nor, for the scores, its query gradients count.
-Its task is the usual one: the sum of cross-entropies, pseudo-labels by `torch.multinomial`.
+Its loops over the data are wrapped in a clock, so that neither its files nor, for the scores, its query gradients
+count. Its task is the usual one: the sum of cross-entropies, pseudo-labels by `torch.multinomial`.
 """
 
 from __future__ import annotations

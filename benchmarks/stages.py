@@ -2,10 +2,10 @@
 
     python -m benchmarks.stages [--family llama] [--peer kronfluence] [--output results/stages.md]
 
-The floor is a plain loop over the same micro-batches: frozen parameters, autograd from the first tracked layer's output
-on, the sum of cross-entropies. Every repeat times a stage next to the floor, in alternating order, and takes
-their ratio; medians and extremes of the ratios are printed. FLOPs and bytes come from `influence.cost`, whose tests hold
-them equal to counted ones. The peer is kronfluence, run through its own `Analyzer` on the same weights and tokens,
+The floor is a plain loop over the same micro-batches: frozen parameters, autograd from the first tracked layer's
+output on, the sum of cross-entropies. Every repeat times a stage next to the floor, in alternating order, and takes
+their ratio; medians and extremes of the ratios are printed. FLOPs and bytes come from `influence.cost`, whose tests
+hold them equal to counted ones. The peer is kronfluence, run through its own `Analyzer` on the same weights and tokens,
 its loops over the data timed from inside, so that its reading and writing of files does not count.
 
 Weights and tokens are random: times do not depend on their values.

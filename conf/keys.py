@@ -120,7 +120,8 @@ def _keys_of(cls: type, prefix: str) -> list[Key]:
         kind = members[0]
         described = issubclass(kind, Enum) and kind is not schema.Dtype
         meaning = comments.get(field.name) or (_first_sentence(kind.__doc__) if described else "")
-        found.append(Key(prefix + field.name, kind, type(None) in typing.get_args(hint), field.default, meaning))
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found.append(Key(prefix + field.name, kind, type(None) in typing.get_args(hint), default, meaning))
     return found
 
 

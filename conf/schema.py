@@ -9,10 +9,16 @@ Every field that changes the bits of an artifact is part of that artifact's iden
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from enum import Enum
 
 MISSING = "???"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Dtype(Enum):
@@ -183,7 +189,7 @@ class ClusterConfig:
     address: str = "local"  # local starts Ray here; auto or an address joins a cluster
     replicas: int = 1  # copies of the model that work side by side
     world_size: int = 1  # ranks a replica
-    cpus_per_rank: int = 1  # also the number of threads of a rank
+    cpus_per_rank: int = field(default_factory=cores)  # CPUs and threads of a rank; by default this machine's cores
     gpus_per_rank: float = 0.0  # a fraction lets ranks share a GPU
     num_cpus: int | None = None  # CPUs that a local Ray promises; None asks the machine
     progress_seconds: float = 10.0  # between lines of progress in a log

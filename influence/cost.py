@@ -191,8 +191,8 @@ def scan_flops(
 ) -> int:
     """Scores of one sequence against all queries in one layer.
 
-    `factored`: T·U·ΣR·(I + O) multiply-adds. `dense`: T·U·I·O to form the gradient and Q·I·O to meet the queries. A bias
-    is added, not multiplied, but for Q·O where the gradient is formed.
+    `factored`: T·U·ΣR·(I + O) multiply-adds. `dense`: T·U·I·O to form the gradient and Q·I·O to meet the queries. A
+    bias is added, not multiplied, but for Q·O where the gradient is formed.
     """
     rows = tokens * calls
     if contraction == "factored":

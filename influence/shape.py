@@ -81,8 +81,9 @@ def forward_shape(model: nn.Module, selection: LayerSelection, tokens: int) -> F
         tokens: Positions of the probe; a model whose context is shorter must be asked for less.
 
     Returns:
-        The shape. Where the forward pass needs values that are not there (a mixture of experts on the meta device), it is made from the module tree
-        alone: every layer called once, gradients needed from the first tracked layer on, and `probed` is off.
+        The shape. Where the forward pass needs values that are not there (a mixture of experts on the meta device), it
+        is made from the module tree alone: every layer called once, gradients needed from the first tracked layer on,
+        and `probed` is off.
     """
     linears = find_linears(model, parameter_users(model))
     probe = _Probe(model.requires_grad_(False), linears, selection, tokens)

@@ -147,6 +147,7 @@ def _sampling(config: RunConfig) -> dict[str, Any]:
         "labels": factors.labels.name,
         "samples": factors.samples,
         "seed": factors.seed,
+        "label_seed": config.seed,
         "groups": factors.groups,
     }
 

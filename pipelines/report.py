@@ -53,7 +53,8 @@ def write_report(
     body = [f"<h1>{_text(title)}</h1>", _overview(summary), _index(summary["queries"])]
     for number, query in enumerate(summary["queries"]):
         rows = [row for row in top if row["query_id"] == query["query_id"]][: config.sequences]
-        body.append(_query(number, query, rows, summary["fidelity"]))
+        contrast = query["contrast"] if summary["config"]["queries"]["measurement"] == "contrast" else None
+        body.append(_query(number, query, rows, summary["fidelity"], contrast))
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -124,7 +125,11 @@ def _index(queries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _query(
-    number: int, query: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], fidelity: Mapping[str, Any]
+    number: int,
+    query: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    fidelity: Mapping[str, Any],
+    contrast: str | None,
 ) -> str:
     measured = f"measured value {query['measured']:.4f} nats"
     if fidelity:
@@ -136,10 +141,10 @@ def _query(
         for row in rows
     )
     head = "<tr><th>rank</th><th>influence</th><th>feed</th><th>sequence</th><th>document</th><th>text</th></tr>"
-    contrast = f" <i>against</i> <b>{_text(query['contrast'])}</b>" if query.get("contrast") else ""
+    against = "" if contrast is None else f" <i>against</i> <b>{_text(contrast)}</b>"
     return (
         f'<h2 id="query-{number}">{_text(query["query_id"])}</h2>'
-        f'<div class="query">{_text(query["prompt"])}<b>{_text(query["completion"])}</b>{contrast}</div>'
+        f'<div class="query">{_text(query["prompt"])}<b>{_text(query["completion"])}</b>{against}</div>'
         f'<p class="note">{measured}</p>'
         f'<div class="wide"><table class="top"><thead>{head}</thead><tbody>{lines}</tbody></table></div>'
     )

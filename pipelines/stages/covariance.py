@@ -5,31 +5,21 @@ from __future__ import annotations
 from actors.factors import covariance_bundles, load_selection
 from actors.reduction import merge_covariance
 from actors.tasks import GroupTask
-from pipelines.stages.grouped import GroupTotals, discard_parts, run_groups
+from pipelines.stages.grouped import GroupTotals, Merge, run_statistic
 from pipelines.steps import StageContext, StageResult
 
 
 def run(context: StageContext) -> StageResult:
-    """Write `activation/<group>.safetensors` and `gradient/<layer>.safetensors` (means) and `rows.json`."""
-    output, factors = context.artifact, context.config.factors
-    if output.exists("merged.json"):
-        totals = GroupTotals(**output.read_json("merged.json"))
-    else:
-        totals = run_groups(
-            context,
-            "covariance",
-            "covariance",
-            lambda group, ids: GroupTask(
-                output, group, ids, context.inputs["sequences"], factors.labels, factors.seed, factors.blocks
-            ),
-        )
-        layers = load_selection(context.inputs["layers"]).layers
-        arguments = [
-            (output, totals.groups, number, bundle, totals.rows)
-            for number, bundle in enumerate(covariance_bundles(layers))
+    """Write `activation/<group>.safetensors` and `gradient/<layer>.safetensors` (means), and `merged.json`."""
+    config, output, sequences = context.config, context.artifact, context.inputs["sequences"]
+
+    def task(group: int, ids: tuple[int, ...]) -> GroupTask:
+        return GroupTask(output, group, ids, sequences, config.factors.labels, config.seed, config.factors.blocks)
+
+    def merge(totals: GroupTotals) -> Merge:
+        runs = covariance_bundles(load_selection(context.inputs["layers"]).layers)
+        return merge_covariance, [
+            (output, totals.groups, number, layers, totals.rows) for number, layers in enumerate(runs)
         ]
-        for _ in context.cluster.map(merge_covariance, arguments):
-            pass
-        output.write_json("merged.json", vars(totals))
-    discard_parts(output)
-    return StageResult(totals.counts(), totals.extra())
+
+    return run_statistic(context, "covariance", task, merge)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,13 @@ from actors.factors import part_folder
 from actors.store import Artifact
 from actors.tasks import Done, GroupTask
 from conf.schema import FactorsConfig
-from pipelines.steps import StageContext
+from pipelines.steps import StageContext, StageResult
 
 MIN_GROUP = 32  # sequences; a smaller sample has fewer groups
+
+TaskOf = Callable[[int, tuple[int, ...]], GroupTask]
+Merge = tuple[Callable[..., Any], list[tuple]]
+MergeOf = Callable[["GroupTotals"], Merge]
 
 
 @dataclass
@@ -56,9 +61,32 @@ def sample_groups(corpus: int, factors: FactorsConfig) -> list[tuple[int, ...]]:
     return [tuple(part.tolist()) for part in np.array_split(ids, groups)]
 
 
-def run_groups(
-    context: StageContext, method: str, name: str, task_of: Callable[[int, tuple[int, ...]], GroupTask]
-) -> GroupTotals:
+def run_statistic(context: StageContext, method: str, task_of: TaskOf, merge_of: MergeOf) -> StageResult:
+    """Sum a statistic over all groups, merge the sums as Ray tasks, and discard the parts.
+
+    Args:
+        context: of the stage; its artifact gets the merged files and, when they are all there, `merged.json`.
+        method: the replica's method, which is also what progress calls the work.
+        task_of: the task of a group, from its number and its sequences.
+        merge_of: the function that merges, and its arguments, one tuple a bundle of layers.
+
+    Raises:
+        NonFiniteShare: if more sequences were set aside than `scan.nonfinite_share` allows.
+    """
+    output = context.artifact
+    if output.exists("merged.json"):
+        totals = GroupTotals(**output.read_json("merged.json"))
+    else:
+        totals = run_groups(context, method, task_of)
+        function, arguments = merge_of(totals)
+        for _ in context.cluster.map(function, arguments):
+            pass
+        output.write_json("merged.json", vars(totals))
+    discard_parts(output)
+    return StageResult(totals.counts(), totals.extra())
+
+
+def run_groups(context: StageContext, method: str, task_of: TaskOf) -> GroupTotals:
     """Deal the groups that are not committed yet, wait for all, and add up what they report.
 
     Raises:
@@ -70,7 +98,7 @@ def run_groups(
     output = context.artifact
     open_groups = [index for index in range(len(groups)) if not _is_done(output, index)]
     total = sum(len(group) for group in groups)
-    progress = context.progress(name, total, "sequences")
+    progress = context.progress(method, total, "sequences")
     behind = total - sum(len(groups[index]) for index in open_groups)
     progress.resume(behind)
 

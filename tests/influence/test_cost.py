@@ -208,7 +208,7 @@ def test_ihvp(worker: Worker, blocks: int, max_rank: int | None):
             assert full == cost.ihvp_flops(*arguments, full=True, curvature=curved, blocks=blocks)
             kept = []
 
-            def compressed(state=state, factor=factor, weights=weights, kept=kept):  # noqa: ANN202
+            def compressed(state=state, factor=factor, weights=weights, kept=kept):
                 kept.append(weighted_spectrum(factor.gradient(), state, weights, max_rank))
 
             found = counted(compressed)
