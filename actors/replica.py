@@ -22,26 +22,24 @@ from actors.factors import (
     covariance_tensors,
     fit_solver,
     gradient_file,
-    load_selection,
     part_folder,
-    read_layer_basis,
-    read_layer_queries,
     read_token_factors,
 )
+from actors.holdings import HeldBases, HeldQueries
 from actors.model import load_model
 from actors.sequences import SequenceSource, StoredSequences, candidate_rows
 from actors.store import Artifact
 from actors.tasks import AgreementTask, Done, FidelityTask, GroupTask, QueryTask, ReplicaSpec, ScanTask
-from conf.schema import Contraction, ModelConfig
 from conf.schema import Dtype as DtypeName
 from conf.schema import Labels as LabelsKind
+from conf.schema import ModelConfig
 from influence.batch import Batch
 from influence.correction import CorrectionSums
 from influence.covariance import CovarianceSums
 from influence.labels import Labels, SampledLabels, TrueLabels
 from influence.layers import LayerSelection, group_inputs, select_layers
 from influence.measurement import MEASUREMENTS, MeasuredQuery
-from influence.scoring import LayerQueries, plan_contractions
+from influence.scoring import LayerQueries
 from influence.solvers import apply
 from influence.worker import NonFiniteSequences, Precision, TokenFactors, Worker
 
@@ -87,8 +85,8 @@ class Replica:
         self.finished = 0  # sequences of the current task, for progress
         self.worker, self.selection = self._load(spec.model, self._precision())
         self._sources: dict[str, SequenceSource] = {}
-        self._queries: tuple[str, dict[str, LayerQueries]] | None = None
-        self._bases: tuple[str, dict] | None = None
+        self._queries = HeldQueries(self.selection, spec.scan, self.worker.precision, self.device)
+        self._bases = HeldBases(self.selection, self.worker.precision.product, self.device)
 
     def describe(self) -> LayerSelection:
         """Which layers are tracked."""
@@ -125,7 +123,7 @@ class Replica:
         """Sum Λ over one group and commit the sums."""
         assert task.bases is not None
         started = time.perf_counter()
-        labels, bases = self._labels(task, CORRECTION_PASS), self._layer_bases(task.bases)
+        labels, bases = self._labels(task, CORRECTION_PASS), self._bases.of(task.bases)
 
         def begin() -> CorrectionSums:
             return CorrectionSums.empty(self.selection, self.worker.precision.sums, self.device)
@@ -167,9 +165,9 @@ class Replica:
             )
             for layer in self.selection.layers
         }
-        compressed = self._subset(self._load_queries(task.compressed), task.queries)
+        compressed = self._queries.some(task.compressed, task.queries)
         both = [
-            torch.cat([block for _, block in self._score(task.sequences, task.sequence_ids, queries, self.worker)])
+            torch.cat([block for _, block, _ in self._score(task.sequences, task.sequence_ids, queries, self.worker)])
             for queries in (compressed, full)
         ]
         return Done(
@@ -185,11 +183,12 @@ class Replica:
         """Score one shard of candidates and commit a file of scores; scores that are not finite are set aside."""
         started = time.perf_counter()
         ids, feeds = candidate_rows(task.candidates, task.first, task.stop)
-        queries = self._planned_queries(task.queries, self._tokens(task.sequences))
-        order, blocks = [], []
-        for chosen, block in self._score(task.sequences, ids.tolist(), queries, self.worker):
+        queries = self._queries.planned(task.queries, self._tokens(task.sequences))
+        order, blocks, tokens = [], [], 0
+        for chosen, block, read in self._score(task.sequences, ids.tolist(), queries, self.worker):
             order += chosen
             blocks.append(block)
+            tokens += read
         position = np.argsort(np.asarray(order))
         scores = torch.cat(blocks).numpy()[position]  # in the type of the sums
         finite = np.asarray(np.isfinite(scores).all(axis=1))
@@ -202,7 +201,6 @@ class Replica:
             }
         )
         task.output.write_table(f"shard-{task.shard:06d}.parquet", table)
-        tokens = sum(len(row) for row in self._source(task.sequences).read(ids.tolist()))
         done = {"sequences": len(ids), "tokens": tokens, "excluded": {str(key): why for key, why in excluded.items()}}
         seconds = time.perf_counter() - started
         task.output.write_json(f"parts/shard-{task.shard:06d}.json", done | {"seconds": seconds})
@@ -213,12 +211,12 @@ class Replica:
         started = time.perf_counter()
         reference = ModelConfig(**{**vars(self.spec.model), "dtype": DtypeName.float32})
         exact, _ = self._load(reference, Precision())
-        queries = self._planned_queries(task.queries, self._tokens(task.sequences))
+        queries = self._queries.planned(task.queries, self._tokens(task.sequences))
         stored = {
-            name: value.to(torch.float32, torch.float32) for name, value in self._load_queries(task.queries).items()
+            name: value.to(torch.float32, torch.float32) for name, value in self._queries.stored(task.queries).items()
         }
         both = [
-            torch.cat([block for _, block in self._score(task.sequences, task.sequence_ids, given, worker)])
+            torch.cat([block for _, block, _ in self._score(task.sequences, task.sequence_ids, given, worker)])
             for given, worker in ((queries, self.worker), (stored, exact))
         ]
         return Done(
@@ -276,66 +274,16 @@ class Replica:
         index = sequences.read_json("index.json")
         return max(1, round(index["tokens"] / index["sequences"]))
 
-    def _layer_bases(self, bases: Artifact) -> dict:
-        if self._bases is None or self._bases[0] != bases.uri:
-            dtype = self.worker.precision.product
-            loaded = {}
-            for layer in self.selection.layers:
-                basis = read_layer_basis(bases, layer)
-                loaded[layer.name] = type(basis)(
-                    basis.activation.to(dtype, self.device), basis.gradient.to(dtype, self.device)
-                )
-            self._bases = (bases.uri, loaded)
-        return self._bases[1]
-
-    def _load_queries(self, queries: Artifact) -> dict[str, LayerQueries]:
-        if self._queries is None or self._queries[0] != queries.uri:
-            count = len(queries.read_json("queries.json"))
-            names = [layer.name for layer in load_selection(queries).layers]
-            self._queries = (queries.uri, {name: read_layer_queries(queries, name, count) for name in names})
-            self._planned: dict[str, LayerQueries] | None = None
-        return self._queries[1]
-
-    def _planned_queries(self, queries: Artifact, tokens: int) -> dict[str, LayerQueries]:
-        """Queries with the contraction of every layer chosen, in the types of the products and of the sums."""
-        stored = self._load_queries(queries)
-        if self._planned is None:
-            choice = self._contractions(stored, tokens)
-            precision = self.worker.precision
-            self._planned = {
-                name: (value.densified() if choice[name] == "dense" else value).to(
-                    precision.product, precision.sums, self.device
-                )
-                for name, value in stored.items()
-            }
-        return self._planned
-
-    def _contractions(self, stored: dict[str, LayerQueries], tokens: int) -> dict[str, str]:
-        wanted = self.spec.scan.contraction
-        if wanted is not Contraction.auto:
-            return dict.fromkeys(stored, wanted.name)
-        layers = [layer for layer in self.selection.layers if layer.name in stored]
-        ranks = [stored[layer.name].total_rank for layer in layers]
-        count = next(iter(stored.values())).queries
-        return plan_contractions(layers, ranks, count, tokens, self.spec.scan.dense_memory)
-
     def _full_queries(self, task: FidelityTask, name: str) -> Tensor:
         layer = next(layer for layer in self.selection.layers if layer.name == name)
         state, _ = fit_solver(task.solver, task.factors, layer, task.damping_factor)
         factors = read_token_factors(task.gradients, name, task.queries)
         return torch.stack([apply(state, factor.gradient()) for factor in factors])
 
-    def _subset(self, stored: dict[str, LayerQueries], chosen: Sequence[int]) -> dict[str, LayerQueries]:
-        precision = self.worker.precision
-        return {
-            name: value.densified(chosen).to(precision.product, precision.sums, self.device)
-            for name, value in stored.items()
-        }
-
     def _score(
         self, sequences: Artifact, ids: Sequence[int], queries: dict[str, LayerQueries], worker: Worker
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Scores of sequences, a micro-batch at a time; memory that runs out halves the micro-batch."""
+    ) -> Iterator[tuple[list[int], Tensor, int]]:
+        """Sequences, their scores and their tokens, a micro-batch at a time; it is halved if memory runs out."""
         rows = self._source(sequences).read(ids)
         order = sorted(range(len(ids)), key=lambda index: (-len(rows[index]), ids[index]))
         start, self.finished = 0, 0
@@ -347,7 +295,7 @@ class Replica:
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
                 continue
-            yield [ids[index] for index in chosen], block
+            yield [ids[index] for index in chosen], block, int(batch.lengths.sum())
             start += len(chosen)
             self.finished = start
 

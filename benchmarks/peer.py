@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +36,7 @@ class Peer:
         queries_QT: Tensor,
         arguments: argparse.Namespace,
         folder: Path,
+        clock: Callable[[], float],
     ) -> None:
         """Prepare the model and fit all factors once, which the later stages need."""
         from kronfluence.analyzer import Analyzer, prepare_model
@@ -48,7 +48,7 @@ class Peer:
         self._analyzer = Analyzer("peer", prepared, task, cpu=True, disable_tqdm=True, output_dir=str(folder))
         self._train = [{"input_ids": row} for batch in batches for row in batch.input_ids]
         self._queries = [{"input_ids": row} for row in queries_QT]
-        self._batch = arguments.batch
+        self._batch, self._clock = arguments.batch, clock
         self._factors = FactorArguments(strategy="ekfac")
         self._scores = ScoreArguments(damping_factor=None, query_gradient_low_rank=arguments.rank)
         self._common = {"per_device_batch_size": self._batch, "factor_args": self._factors}
@@ -59,17 +59,19 @@ class Peer:
         return getattr(self, f"_{stage}")()
 
     def _covariance(self) -> float:
-        with _clock("kronfluence.computer.factor_computer", "fit_covariance_matrices_with_loader") as clock:
+        with _timed(
+            self._clock, "kronfluence.computer.factor_computer", "fit_covariance_matrices_with_loader"
+        ) as seconds:
             self._analyzer.fit_covariance_matrices("timed", self._train, overwrite_output_dir=True, **self._common)
-        return sum(clock)
+        return sum(seconds)
 
     def _correction(self) -> float:
-        with _clock("kronfluence.computer.factor_computer", "fit_lambda_matrices_with_loader") as clock:
+        with _timed(self._clock, "kronfluence.computer.factor_computer", "fit_lambda_matrices_with_loader") as seconds:
             self._analyzer.fit_lambda_matrices("factors", self._train, overwrite_output_dir=True, **self._common)
-        return sum(clock)
+        return sum(seconds)
 
     def _scan(self) -> float:
-        with _clock("kronfluence.score.pairwise", "compute_dot_products_with_loader") as clock:
+        with _timed(self._clock, "kronfluence.score.pairwise", "compute_dot_products_with_loader") as seconds:
             self._analyzer.compute_pairwise_scores(
                 "timed",
                 "factors",
@@ -80,11 +82,11 @@ class Peer:
                 score_args=self._scores,
                 overwrite_output_dir=True,
             )
-        return sum(clock)
+        return sum(seconds)
 
 
 @contextmanager
-def _clock(module: str, function: str) -> Iterator[list[float]]:
+def _timed(clock: Callable[[], float], module: str, function: str) -> Iterator[list[float]]:
     """Time every call of a function of theirs."""
     import importlib
 
@@ -93,11 +95,11 @@ def _clock(module: str, function: str) -> Iterator[list[float]]:
     seconds: list[float] = []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
+        started = clock()
         try:
             return original(*args, **kwargs)
         finally:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
 
     setattr(place, function, timed)
     try:

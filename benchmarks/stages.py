@@ -43,6 +43,7 @@ from influence.scoring import LayerQueries, plan_contractions
 from influence.shape import ForwardShape, forward_shape
 from influence.worker import Precision, Worker
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # CPU time is steadier on a shared machine
 TARGETS = {"covariance": 1.6, "correction": 2.1, "scan": 1.35}  # floors, at the default shape on one thread
 CONTRACTIONS = ("factored", "dense")
 
@@ -97,6 +98,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--select", default="mlp", help="layers that are tracked: mlp, attention, all or a regex")
     parser.add_argument("--attention", default=None, help="transformers' attn_implementation")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--product", choices=("float32", "bfloat16"), default="float32", help="operands of our products"
@@ -264,16 +266,17 @@ def _random_queries(case: Case) -> dict[str, LayerQueries]:
 
 
 def measure(case: Case, found: list[Measured]) -> list[Measured]:
-    """Time every stage beside the floor, the order changed with every repeat; the floor itself comes first."""
+    """Time every stage beside the floor, the order changed with every repeat; the floor itself comes first in the list."""
     base = Measured("floor", _flops(case, 0), {}, lambda: floor(case))
-    _timed(base)
+    clock = CLOCKS[case.arguments.clock]
+    _timed(base, clock)
     for repeat in range(case.arguments.repeats):
         for stage in found:
             if not stage.seconds and repeat == 0:
-                _timed(stage)  # warm-up
+                _timed(stage, clock)  # warm-up
             first, second = (base, stage) if repeat % 2 == 0 else (stage, base)
-            first.seconds.append(_timed(first))
-            second.seconds.append(_timed(second))
+            first.seconds.append(_timed(first, clock))
+            second.seconds.append(_timed(second, clock))
             stage.ratios.append(stage.seconds[-1] / base.seconds[-1])
         _progress(f"repeat {repeat + 1} of {case.arguments.repeats}")
     middle = statistics.median(base.seconds)
@@ -281,11 +284,11 @@ def measure(case: Case, found: list[Measured]) -> list[Measured]:
     return [base, *found]
 
 
-def _timed(stage: Measured) -> float:
+def _timed(stage: Measured, clock: Callable[[], float]) -> float:
     """Seconds of one run; a run that returns a number has timed itself."""
-    started = time.perf_counter()
+    started = clock()
     own = stage.run()
-    return time.perf_counter() - started if own is None else own
+    return clock() - started if own is None else own
 
 
 def _progress(text: str) -> None:
@@ -302,7 +305,7 @@ def render(case: Case, found: list[Measured]) -> str:
         f"{given.family}: {given.layers} layers, hidden {given.hidden}, inner {given.inner}, vocabulary "
         f"{given.vocabulary}; {given.sequences} sequences of {given.tokens} tokens, micro-batch {given.batch}; "
         f"{given.queries} queries of rank {given.rank}; {given.threads} threads; products {given.product}; "
-        f"{given.repeats} repeats; torch {torch.__version__}, {platform.machine()}",
+        f"{given.repeats} repeats, {given.clock} time; torch {torch.__version__}, {platform.machine()}",
         "",
         "| stage | floors, median | min–max | target | seconds | GFLOP | GFLOP/s | MiB held |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -343,7 +346,8 @@ def main(words: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.peer:
             queries = torch.randint(arguments.vocabulary, (arguments.queries, arguments.tokens))
-            peer = Peer(case.model, case.selection, case.batches, queries, arguments, Path(folder))
+            clock = CLOCKS[arguments.clock]
+            peer = Peer(case.model, case.selection, case.batches, queries, arguments, Path(folder), clock)
             found += [
                 Measured(f"kronfluence {name}", 0, {}, lambda name=name: peer.seconds(name)) for name in PEER_STAGES
             ]

@@ -179,7 +179,7 @@ def render_table(rows: list[dict[str, Any]], queries: list[Mapping[str, Any]], s
     lines = []
     for query in queries:
         mine = [row for row in rows if row["query_id"] == query["query_id"]][:shown]
-        lines.append(f"\n{query['query_id']}: {_one_line(query['prompt'])} → {_one_line(query['completion'])}")
+        lines.append(f"\n{_one_line(query['query_id'])}: {_one_line(query['prompt'])} → {_one_line(query['completion'])}")
         lines.append(f"  {'rank':>4}  {'influence':>11}  {'feed':<10}  {'sequence':>9}  text")
         for row in mine:
             text = _one_line(row["text"])[:SNIPPET]

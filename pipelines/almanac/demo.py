@@ -53,6 +53,7 @@ class Almanac:
         """Hydra overrides that name the model, the corpus and the queries, and how the corpus is cut."""
         settings = {
             "unfiltered": "all",
+            "cluster": "replicas2",
             "model.path": str(self.folder / "model"),
             "corpus": {"path": str(self.folder / "almanac.jsonl"), "id_field": "id", "pack": False},
             "corpus.sequence_length": self.training["context"],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from actors.pool import LocalPool
+from tests.integration import world as world_module
 from tests.integration.processes import command, kill, wait_until
 from tests.integration.test_invariances import same_bits
 from tests.integration.world import World, cached, documents, fork, run_locally, write_lines
@@ -54,12 +55,13 @@ def test_a_run_that_was_killed_twice_goes_on_and_ends_with_the_same_bits(
     assert not list(store.glob("scores/*/artifact.json"))
 
     dealt: list[str] = []
-    run = LocalPool.run
-    monkeypatch.setattr(
-        LocalPool,
-        "run",
-        lambda pool, method, tasks, *rest: dealt.extend(map(str, tasks)) or run(pool, method, tasks, *rest),
-    )
+
+    class Watched(LocalPool):
+        def run(self, method: str, tasks: Sequence[Any], *rest: Any) -> None:
+            dealt.extend(str(task) for task in tasks)
+            super().run(method, tasks, *rest)
+
+    monkeypatch.setattr(world_module, "LocalPool", Watched)
     with caplog.at_level("INFO"):
         result = run_locally(world.config(store, **changes), tmp_path / "3")
     assert {name for name, was in cached(result).items() if not was} == {"scores", "top"}

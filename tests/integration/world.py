@@ -149,6 +149,7 @@ class World:
             "scan.shard_sequences": 32,
             "scan.top": 10,
             "cluster.num_cpus": 4,
+            "cluster.cpus_per_rank": 1,
         }
         return found | {name.replace("__", "."): value for name, value in changes.items()}
 
