@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from transformers.utils.logging import disable_progress_bar
 
 from actors.dealing import ATTEMPTS, Dealer
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 PATIENCE_SECONDS = 30.0  # without any replica before the user is told what is waited for
+
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)  # Ray's monitor of memory kills with the second
 
 OnDone = Callable[[Any, Done], None]
 OnTick = Callable[[int], None]
@@ -88,6 +90,7 @@ class ReplicaActor:
     def do(self, method: str, task: Any) -> Done:
         """Run one task."""
         assert self._replica is not None
+        self._replica.finished = 0
         return getattr(self._replica, method)(task)
 
     @ray.method(concurrency_group="watch")
@@ -165,7 +168,7 @@ class RayPool:
                 result: Any = ray.get(ref)
             except RayTaskError as error:
                 raise raised(error) from error
-            except RayActorError as error:
+            except DEATHS as error:
                 self._replace(member, dealer, str(error))
                 continue
             if not member.loaded:
@@ -214,7 +217,7 @@ class RayPool:
         for ref in ready:
             try:
                 total += ray.get(ref)
-            except RayActorError:
+            except DEATHS:
                 continue  # its death is seen, and its task dealt again, by `_step`
         return total
 
@@ -223,5 +226,5 @@ def raised(error: RayTaskError) -> BaseException:
     """What the task itself raised, with the remote traceback kept as a note."""
     cause = error.cause if isinstance(error.cause, BaseException) else error
     if cause is not error and not isinstance(cause, WhenceError):
-        cause.add_note(f"(raised in a replica)\n{error.traceback_str}")
+        cause.add_note(f"(raised in a worker of Ray)\n{error}")  # whose text is the remote traceback
     return cause

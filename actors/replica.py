@@ -196,7 +196,7 @@ class Replica:
         table = pa.table(
             {
                 "sequence_id": pa.array(ids[finite], pa.int64()),
-                "feed": pa.array([feed for feed, good in zip(feeds, finite, strict=True) if good]).dictionary_encode(),
+                "feed": pa.array(np.asarray(feeds, object)[finite], pa.string()).dictionary_encode(),
                 "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores[finite].reshape(-1)), scores.shape[1]),
             }
         )

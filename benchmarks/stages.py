@@ -266,7 +266,7 @@ def _random_queries(case: Case) -> dict[str, LayerQueries]:
 
 
 def measure(case: Case, found: list[Measured]) -> list[Measured]:
-    """Time every stage beside the floor, the order changed with every repeat; the floor itself comes first in the list."""
+    """Time every stage beside the floor, the order changed with every repeat; the floor itself is listed first."""
     base = Measured("floor", _flops(case, 0), {}, lambda: floor(case))
     clock = CLOCKS[case.arguments.clock]
     _timed(base, clock)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
+from actors.errors import ConfigError
 from actors.pool import Pool, RayPool, raised
 from actors.tasks import ReplicaSpec
 from conf.schema import RunConfig
@@ -17,6 +19,7 @@ from conf.schema import RunConfig
 log = logging.getLogger(__name__)
 
 TASK_ATTEMPTS = 3
+CONNECT_SECONDS = 10.0  # to find out whether anything listens at cluster.address
 
 
 class Cluster:
@@ -51,9 +54,28 @@ class Cluster:
             cpus = cluster.num_cpus or max(cores, needed) + cores  # replicas keep theirs while tasks run
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
         else:
-            ray.init(address=cluster.address, logging_level=logging.WARNING)
+            self._join(cluster.address)
         self._started_ray = True
         log.info("Ray %s with %s CPUs", ray.__version__, int(ray.cluster_resources().get("CPU", 0)))
+
+    @staticmethod
+    def _join(address: str) -> None:
+        """Join a cluster that is running.
+
+        Raises:
+            ConfigError: if there is none at this address, or it does not let us in.
+        """
+        host, _, port = address.rpartition(":")
+        try:
+            if host and "//" not in host and port.isdigit():  # Ray itself tries for minutes before it gives up
+                socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"cluster.address={address}: no Ray cluster could be joined there ({error})",
+                remedy="start one with `ray start --head`, give driver and cluster the same RAY_AUTH_TOKEN if they use "
+                "tokens, or set cluster.address=local",
+            ) from error
 
     @property
     def pool(self) -> Pool:

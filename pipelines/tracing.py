@@ -102,6 +102,7 @@ def run_trace(config: RunConfig, run_dir: str | Path) -> TraceResult:
     outcomes = Runner(Store(config.store), build_steps(config), config, lambda: Cluster(config)).run()
     _copy(outcomes["top"].artifact, ["top.parquet"], folder)
     scores = outcomes["scores"].artifact
+    shutil.rmtree(folder / "scores", ignore_errors=True)  # a folder that is used again may hold more shards
     _copy(scores, [name for name in scores.list("shard-") if name.endswith(".parquet")], folder / "scores")
     summary = summarise(config, outcomes, started)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -179,7 +180,8 @@ def render_table(rows: list[dict[str, Any]], queries: list[Mapping[str, Any]], s
     lines = []
     for query in queries:
         mine = [row for row in rows if row["query_id"] == query["query_id"]][:shown]
-        lines.append(f"\n{_one_line(query['query_id'])}: {_one_line(query['prompt'])} → {_one_line(query['completion'])}")
+        name, prompt, completion = (_one_line(query[key]) for key in ("query_id", "prompt", "completion"))
+        lines.append(f"\n{name}: {prompt} → {completion}")
         lines.append(f"  {'rank':>4}  {'influence':>11}  {'feed':<10}  {'sequence':>9}  text")
         for row in mine:
             text = _one_line(row["text"])[:SNIPPET]

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from actors.pool import LocalPool
+from actors.store import Artifact, Store
 from actors.tasks import ReplicaSpec
 from conf.schema import RunConfig
 from conf.validate import build
@@ -159,8 +160,8 @@ class World:
 
     def overrides(self, store: Path, **changes: Any) -> list[str]:
         """The same on a command line."""
-        words = {None: "null", True: "true", False: "false"}
-        return [f"{name}={words.get(value, value)}" for name, value in self.settings(store, **changes).items()]
+        given = self.settings(store, **changes)
+        return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
 
 
 class LocalCluster(Cluster):
@@ -195,6 +196,29 @@ def run_locally(config: RunConfig, run_dir: Path) -> TraceResult:
         return run_trace(config, run_dir)
     finally:
         tracing.Cluster = given  # type: ignore[misc]
+
+
+def write_sequences(store: Store, rows: Sequence[Sequence[int]], shard: int = 64, row_group: int = 256) -> Artifact:
+    """A committed `sequences` artifact of the given tokens, each sequence a document of its own."""
+    artifact = store.folder("sequences", "5" * 64)
+    shards = []
+    for number, first in enumerate(range(0, len(rows), shard)):
+        part = rows[first : first + shard]
+        numbers = list(range(first, first + len(part)))
+        columns = {
+            "sequence_id": pa.array(numbers, pa.int64()),
+            "input_ids": pa.array(part, pa.list_(pa.int32())),
+            "document_id": [f"document {number}" for number in numbers],
+            "offset": pa.array([0] * len(part), pa.int64()),
+        }
+        name = f"shard-{number:05d}.parquet"
+        artifact.write_table(name, pa.table(columns), row_group)
+        tokens = sum(map(len, part))
+        shards.append({"name": name, "first_sequence_id": first, "rows": len(part), "tokens": tokens})
+    index = {"sequences": len(rows), "tokens": sum(map(len, rows)), "documents": len(rows), "skipped": {}}
+    artifact.write_json("index.json", index | {"shards": shards, "vocabulary": VOCABULARY})
+    artifact.commit({}, {}, {}, 0.0)
+    return artifact
 
 
 def fork(store: Path, new: Path, kinds: Sequence[str]) -> Path:
