@@ -74,7 +74,7 @@ class HeldBases:
         """The basis of every layer, in the type of the products."""
         if self._uri != artifact.uri:
             inputs = {
-                group: read_basis(artifact, "activation", group).to(self._dtype, self._device)
+                group: read_basis(artifact, "activation", group).aligned().to(self._dtype, self._device)
                 for group in dict.fromkeys(layer.input_group for layer in self._layers)
             }
             self._bases = {

@@ -1,9 +1,9 @@
-"""How well compressed queries keep full-rank scores: our weighting and allotment against plain SVD, at equal total rank.
+"""How well compressed queries keep full-rank scores: our weighting and allotment against plain SVD.
 
     python benchmarks/compression.py RUN_DIR [--ranks 4,16,32] [--sequences 128]
 
-RUN_DIR is the folder of a finished `whence trace`; its factors, query gradients and sequences are used. For each rank the
-table gives 1 - r, with r the Pearson correlation of compressed with full-rank scores over a random sample of
+RUN_DIR is the folder of a finished `whence trace`; its factors, query gradients and sequences are used. For each rank
+the table gives 1 - r, with r the Pearson correlation of compressed with full-rank scores over a random sample of
 sequences, averaged over queries: (a) plain SVD in the Frobenius norm, the same rank in each layer (the paper's);
 (b) weighted by the curvature, the same rank in each layer; (c) weighted, ranks spread over layers (what whence does).
 """

@@ -14,6 +14,7 @@ Weights and tokens are random: times do not depend on their values.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -120,7 +121,7 @@ def build(arguments: argparse.Namespace) -> Case:
         Batch.collate(range(start, min(start + arguments.batch, len(rows))), rows[start : start + arguments.batch])
         for start in starts
     ]
-    return Case(model, selection, forward_shape(model, selection, arguments.tokens), batches, arguments)
+    return Case(model, selection, forward_shape(copy.deepcopy(model).to("meta"), selection), batches, arguments)
 
 
 def _model(given: argparse.Namespace) -> nn.Module:
@@ -243,7 +244,8 @@ def _random_bases(case: Case, dtype: torch.dtype) -> Bases:
         return BlockBasis(vectors, tuple(torch.ones(width, dtype=dtype) for width in widths))
 
     return {
-        layer.name: LayerBasis(orthogonal(layer.columns), orthogonal(layer.outputs)) for layer in case.selection.layers
+        layer.name: LayerBasis(orthogonal(layer.columns).aligned(), orthogonal(layer.outputs))
+        for layer in case.selection.layers
     }
 
 

@@ -102,8 +102,16 @@ def _by_sequence(rows: Tensor, positions: int) -> Tensor:
     return rows.unflatten(0, (-1, positions)) if rows.dim() == 2 else rows
 
 
-def homogeneous(act: Tensor, bias: bool) -> Tensor:
-    """The homogeneous activations ā = (a, 1) of Equation 12 where the layer has a bias, else a; [..., I]."""
-    if not bias:
+def homogeneous(act: Tensor, bias: bool, width: int | None = None) -> Tensor:
+    """The homogeneous activations ā = (a, 1) of Equation 12 where the layer has a bias, else a; [..., I].
+
+    A `width` above I is reached with zeros.
+    """
+    columns = act.shape[-1] + bias
+    if columns == act.shape[-1] and width in (None, columns):
         return act
-    return torch.cat([act, act.new_ones(*act.shape[:-1], 1)], dim=-1)
+    padded = act.new_zeros(*act.shape[:-1], width or columns)
+    padded[..., : act.shape[-1]] = act
+    if bias:
+        padded[..., columns - 1] = 1
+    return padded

@@ -77,7 +77,8 @@ def add_correction(
     """Add Σ_b (Q_Sᵀ G_b Q_A)² of a micro-batch, each side rotated where that is cheaper.
 
     The inputs are rotated token by token if T < O, else after the product over tokens; the output gradients if
-    T < I. Cost a sequence: T·I·O + I²·min(T, O) + O²·min(T, I) multiply-adds, T counted over all uses.
+    T < I. The basis of the inputs may be aligned (`BlockBasis.aligned`). Cost a sequence: T·I·O + I²·min(T, O) +
+    O²·min(T, I) multiply-adds, T counted over all uses.
 
     Args:
         sum_OI: the running sum, changed in place.
@@ -87,12 +88,13 @@ def add_correction(
         product: type of the operands.
     """
     tokens = sum(use.act_BTI.shape[1] for use in uses)
-    act_first, grad_first = tokens < layer.outputs, tokens < layer.columns
+    width = basis.activation.size  # of the homogeneous activations, with the zeros of an aligned basis
+    act_first, grad_first = tokens < layer.outputs, tokens < width
     step = max(1, GRADIENT_BYTES // (4 * layer.outputs * layer.columns))
     for start in range(0, uses[0].act_BTI.shape[0], step):
         total = None
         for use in uses:
-            act_bTI = homogeneous(use.act_BTI[start : start + step], layer.bias).to(product)
+            act_bTI = homogeneous(use.act_BTI[start : start + step], layer.bias, width).to(product)
             grad_bTO = use.grad_BTO[start : start + step].to(product)
             act_bTI = basis.activation.rotate(act_bTI) if act_first else act_bTI
             grad_bTO = basis.gradient.rotate(grad_bTO) if grad_first else grad_bTO
@@ -103,4 +105,4 @@ def add_correction(
             total = basis.activation.rotate(total)
         if not grad_first:
             total = basis.gradient.rotate(total.transpose(1, 2)).transpose(1, 2)
-        sum_OI += total.to(sum_OI.dtype).square_().sum(0)
+        sum_OI += total.to(sum_OI.dtype).square_().sum(0)[:, : layer.columns]

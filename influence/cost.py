@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from influence.compression import EXACT_SIZE, OVERSAMPLING, POWER_ITERATIONS
 from influence.covariance import TILE, block_slices
+from influence.eigenbasis import aligned_size
 from influence.layers import TrackedLayer
 from influence.shape import ForwardShape
 
@@ -46,6 +47,11 @@ def elementwise_numbers(shape: ForwardShape, tokens: int, sampled: bool) -> int:
     return tokens * (2 * shape.saved_numbers + (3 if sampled else 2) * shape.vocabulary)
 
 
+def attention_weights(shape: ForwardShape, tokens: int) -> int:
+    """Weights of attention, T² a head: made in the forward pass, made again and differentiated in the backward pass."""
+    return tokens**2 * shape.heads
+
+
 # --- factors ---
 
 
@@ -73,12 +79,16 @@ def covariance_flops(layer: TrackedLayer, tokens: int, calls: int = 1, blocks: i
     return 2 * (activation + tokens * calls * upper_tiles(layer.outputs, blocks, tile))
 
 
-def correction_flops(layer: TrackedLayer, tokens: int, calls: int = 1, blocks: int = 1) -> int:
-    """Λ of one layer, T over all calls: T·I·O + Σb_I²·min(T, O) + Σb_O²·min(T, I) multiply-adds."""
+def correction_flops(layer: TrackedLayer, tokens: int, calls: int = 1, blocks: int = 1, aligned: bool = True) -> int:
+    """Λ of one layer, T over all calls: T·I·O + Σb_I²·min(T, O) + Σb_O²·min(T, I) multiply-adds.
+
+    I is that of an aligned basis of the inputs, unless there are several blocks or `aligned` is off.
+    """
     rows = tokens * calls
-    formed = rows * layer.columns * layer.outputs
-    rotated = block_squares(layer.columns, blocks) * min(rows, layer.outputs)
-    rotated += block_squares(layer.outputs, blocks) * min(rows, layer.columns)
+    columns = aligned_size(layer.columns) if aligned and blocks == 1 else layer.columns
+    formed = rows * columns * layer.outputs
+    rotated = block_squares(columns, blocks) * min(rows, layer.outputs)
+    rotated += block_squares(layer.outputs, blocks) * min(rows, columns)
     return 2 * (formed + rotated)
 
 

@@ -9,9 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from influence.covariance import block_slices
+
+ALIGNMENT = 16  # numbers
+
+
+def aligned_size(size: int) -> int:
+    """The next multiple of `ALIGNMENT`, where that adds at most a sixteenth; else the size itself."""
+    extra = -size % ALIGNMENT
+    return size + extra if extra * 16 <= size else size
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,18 @@ class BlockBasis:
     def unrotate(self, x_NI: Tensor) -> Tensor:
         """Back from the basis, x Qᵀ."""
         return self._apply(x_NI, [vectors.T for vectors in self.vectors])
+
+    def aligned(self) -> BlockBasis:
+        """The same basis with coordinates of zero added, up to `aligned_size`; only for a single block.
+
+        A bias makes 1024 inputs 1025 columns, and products of such widths run well below the speed of their neighbours
+        on CPUs.
+        """
+        extra = aligned_size(self.size) - self.size
+        if len(self.vectors) > 1 or extra == 0:
+            return self
+        vectors = functional.pad(self.vectors[0], (0, extra, 0, extra))
+        return BlockBasis((vectors,), (functional.pad(self.values[0], (0, extra)),))
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> BlockBasis:
         """The same basis in another type or on another device."""

@@ -20,6 +20,8 @@ from influence.capture import Use, homogeneous
 from influence.correction import GRADIENT_BYTES
 from influence.layers import TrackedLayer
 
+DENSE_COPIES = 2  # of full matrices: as they are, and as columns for the product with gradients
+
 
 @dataclass(frozen=True)
 class LayerQueries:
@@ -107,8 +109,8 @@ def plan_contractions(
 ) -> dict[str, str]:
     """Choose `dense` or `factored` for each layer.
 
-    A layer goes dense where that costs fewer multiply-adds and its full queries, Q·I·O numbers, still fit in `memory`;
-    where not all fit, those that save most for a byte come first.
+    A layer goes dense where that costs fewer multiply-adds and its full queries, 2·Q·I·O numbers, still fit in
+    `memory`; where not all fit, those that save most for a byte come first.
 
     Args:
         layers: tracked layers.
@@ -123,7 +125,7 @@ def plan_contractions(
         saved = factored_cost(tokens, layer.columns, layer.outputs, rank) - dense_cost(
             tokens, layer.columns, layer.outputs, queries
         )
-        size = queries * layer.columns * layer.outputs * itemsize
+        size = DENSE_COPIES * queries * layer.columns * layer.outputs * itemsize
         savings.append((saved / size, saved, size, layer.name))
     choice = {layer.name: "factored" for layer in layers}
     for _, saved, size, name in sorted(savings, key=lambda item: (-item[0], item[3])):

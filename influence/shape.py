@@ -18,6 +18,7 @@ from influence.layers import LayerSelection
 from influence.linears import LinearModule, block_pattern, find_linears, parameter_users
 
 _BATCH = 2  # sequences of a probe
+_TOKENS = 11  # positions of a probe, a number that no other size of a model is likely to be
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ForwardShape:
         calls: Calls of each tracked layer in a forward pass, over all the modules that use its weight.
         vocabulary: Logits a position.
         saved_numbers: Activations a position that autograd holds from the forward to the backward pass.
+        heads: Attention heads with a backward pass, over all blocks: each has a weight for every pair of positions.
         probed: Whether a forward pass on the meta device was seen; if not, the order of the module tree stands for it.
     """
 
@@ -66,10 +68,11 @@ class ForwardShape:
     calls: Mapping[str, int] = field(default_factory=dict)
     vocabulary: int = 0
     saved_numbers: int = 0
+    heads: int = 0
     probed: bool = True
 
 
-def forward_shape(model: nn.Module, selection: LayerSelection, tokens: int) -> ForwardShape:
+def forward_shape(model: nn.Module, selection: LayerSelection) -> ForwardShape:
     """Run a forward pass, best on the meta device, where nothing is computed, and note what is called.
 
     Attention's width is the number of inputs of its output projection, the attention linear of a block that is called
@@ -78,7 +81,6 @@ def forward_shape(model: nn.Module, selection: LayerSelection, tokens: int) -> F
     Args:
         model: Frozen here; called as `model(input_ids=...)`.
         selection: Its tracked layers.
-        tokens: Positions of the probe; a model whose context is shorter must be asked for less.
 
     Returns:
         The shape. Where the forward pass needs values that are not there (a mixture of experts on the meta device), it
@@ -86,7 +88,7 @@ def forward_shape(model: nn.Module, selection: LayerSelection, tokens: int) -> F
         and `probed` is off.
     """
     linears = find_linears(model, parameter_users(model))
-    probe = _Probe(model.requires_grad_(False), linears, selection, tokens)
+    probe = _Probe(model.requires_grad_(False), linears, selection)
     try:
         logits = probe.run()
     except (NotImplementedError, RuntimeError, ValueError, TypeError):
@@ -98,17 +100,19 @@ def forward_shape(model: nn.Module, selection: LayerSelection, tokens: int) -> F
         calls,
         logits.shape[-1],
         probe.saved_numbers(),
+        probe.heads(),
     )
 
 
 class _Probe:
     """Hooks that note calls, in order, and the tensors that autograd saves."""
 
-    def __init__(self, model: nn.Module, linears: list[LinearModule], selection: LayerSelection, tokens: int) -> None:
-        self._model, self._linears, self._tokens = model, linears, tokens
+    def __init__(self, model: nn.Module, linears: list[LinearModule], selection: LayerSelection) -> None:
+        self._model, self._linears = model, linears
         self._tracked = {path for layer in selection.layers for path in layer.modules}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._saved: dict[int, int] = {}
+        self._weights: dict[int, int] = {}
         self.order: list[str] = []
         self.forward: dict[str, int] = {}
         self.needs_gradient: dict[str, int] = {}
@@ -117,7 +121,7 @@ class _Probe:
         """One forward pass; gives the logits."""
         handles = [linear.module.register_forward_hook(self._note(linear.path)) for linear in self._linears]
         device = next(self._model.parameters()).device
-        input_ids_BT = torch.zeros(_BATCH, self._tokens, dtype=torch.long, device=device)
+        input_ids_BT = torch.zeros(_BATCH, _TOKENS, dtype=torch.long, device=device)
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
                 return self._model(input_ids=input_ids_BT).logits
@@ -136,12 +140,16 @@ class _Probe:
         """Numbers a position that autograd saved, parameters left out."""
         parameters = {parameter.untyped_storage()._cdata for parameter in self._model.parameters()}
         numbers = sum(count for storage, count in self._saved.items() if storage not in parameters)
-        return numbers // (_BATCH * self._tokens)
+        return numbers // (_BATCH * _TOKENS)
+
+    def heads(self) -> int:
+        """Heads, by the T × T weights that autograd saved."""
+        return sum(self._weights.values()) // (_BATCH * _TOKENS**2)
 
     def _note(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             rows = inputs[0].numel() // inputs[0].shape[-1]
-            if rows == _BATCH * self._tokens:  # the head may be asked for fewer, experts for a share
+            if rows == _BATCH * _TOKENS:  # the head may be asked for fewer, experts for a share
                 self.order.append(path)
                 self._sizes[path] = (inputs[0].shape[-1], output.shape[-1])
                 self.forward[path] = self.forward.get(path, 0) + 1
@@ -153,9 +161,12 @@ class _Probe:
         return hook
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        """Note a saved tensor; attention's T × T weights, which fused kernels do not keep, are left out."""
-        if tensor.dim() < 4 or tuple(tensor.shape[-2:]) != (self._tokens, self._tokens):
-            storage = tensor.untyped_storage()
+        """Note a saved tensor; attention's T × T weights, which fused kernels do not keep, apart from the others."""
+        storage = tensor.untyped_storage()
+        square = tuple(tensor.shape[-2:]) == (_TOKENS, _TOKENS)
+        if square and tensor.is_floating_point() and storage.nbytes() % (tensor.itemsize * _TOKENS**2) == 0:
+            self._weights[storage._cdata] = storage.nbytes() // tensor.itemsize
+        elif not square:
             self._saved[storage._cdata] = storage.nbytes() // tensor.itemsize
         return tensor
 

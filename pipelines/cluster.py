@@ -54,28 +54,9 @@ class Cluster:
             cpus = cluster.num_cpus or max(cores, needed) + cores  # replicas keep theirs while tasks run
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
         else:
-            self._join(cluster.address)
+            join(cluster.address)
         self._started_ray = True
         log.info("Ray %s with %s CPUs", ray.__version__, int(ray.cluster_resources().get("CPU", 0)))
-
-    @staticmethod
-    def _join(address: str) -> None:
-        """Join a cluster that is running.
-
-        Raises:
-            ConfigError: if there is none at this address, or it does not let us in.
-        """
-        host, _, port = address.rpartition(":")
-        try:
-            if host and "//" not in host and port.isdigit():  # Ray itself tries for minutes before it gives up
-                socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-            ray.init(address=address, logging_level=logging.WARNING)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"cluster.address={address}: no Ray cluster could be joined there ({error})",
-                remedy="start one with `ray start --head`, give driver and cluster the same RAY_AUTH_TOKEN if they use "
-                "tokens, or set cluster.address=local",
-            ) from error
 
     @property
     def pool(self) -> Pool:
@@ -131,3 +112,22 @@ class Cluster:
         if self._started_ray and ray.is_initialized():
             ray.shutdown()
         self._started_ray = False
+
+
+def join(address: str) -> None:
+    """Join a cluster that is running.
+
+    Raises:
+        ConfigError: if there is none at this address, or it does not let us in.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        if host and "//" not in host and port.isdigit():  # Ray itself tries for minutes before it gives up
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"cluster.address={address}: no Ray cluster could be joined there ({error})",
+            remedy="start one with `ray start --head`, give driver and cluster the same RAY_AUTH_TOKEN if they use "
+            "tokens, or set cluster.address=local",
+        ) from error

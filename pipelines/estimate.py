@@ -18,7 +18,7 @@ from influence.layers import TrackedLayer
 from influence.scoring import plan_contractions
 from influence.shape import ForwardShape
 from influence.solvers import SOLVERS
-from pipelines.rates import DECOMPOSITIONS, ELEMENTWISE, TEXT
+from pipelines.rates import ATTENTION, DECOMPOSITIONS, ELEMENTWISE, TEXT
 from pipelines.stages.grouped import MIN_GROUP
 from pipelines.stages.ihvp import kept
 
@@ -96,7 +96,7 @@ class StepCost:
     @property
     def flops(self) -> int:
         """Matrix products and decompositions."""
-        return sum(amount for kind, amount in self.work.items() if kind not in (ELEMENTWISE, TEXT))
+        return sum(amount for kind, amount in self.work.items() if kind not in (ATTENTION, ELEMENTWISE, TEXT))
 
     def seconds(self, rates: Mapping[str, float], workers: float) -> float:
         """Time at some rates, spread over workers."""
@@ -165,6 +165,7 @@ def passes(load: Workload, sequences: int, tokens: int, sampled: bool) -> dict[s
     return {
         load.config.model.dtype.name: floor,
         ELEMENTWISE: sequences * cost.elementwise_numbers(load.shape, tokens, sampled),
+        ATTENTION: sequences * cost.attention_weights(load.shape, tokens),
     }
 
 

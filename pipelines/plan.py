@@ -89,7 +89,7 @@ def make_plan(config: RunConfig, rates: Rates | None = None) -> Plan:
     artifacts = {item.step.name: store.folder(item.step.kind, item.fingerprint) for item in planned}
     ready = {item.step.name: artifacts[item.step.name] for item in planned if item.cached}
     extent = corpus_extent(config, ready.get("sequences"))
-    selection, shape = _model(config, ready.get("layers"), extent.tokens)
+    selection, shape = _model(config, ready.get("layers"))
     tokens = query_tokens(config)
     candidates, from_feeds = candidate_extent(config, extent, len(tokens), ready.get("candidates"))
     load = Workload(
@@ -104,18 +104,24 @@ def make_plan(config: RunConfig, rates: Rates | None = None) -> Plan:
         extent.corpus_bytes,
     )
     dtypes = [config.model.dtype.name, config.scan.product_dtype.name, Dtype.float64.name]
-    rates = rates or rates_for(config.cluster, dtypes)
+    rates = rates or rates_for(config.cluster, dtypes, _typical_product(load))
     speeds = dict(rates.of) | {TEXT: extent.bytes_a_second}
     costs = estimate(load)
     steps = tuple(_step_plan(item, artifacts[item.step.name], costs[item.step.name], speeds, rates) for item in planned)
     return Plan(steps, load, selection, _notes(extent, from_feeds, load, rates, speeds))
 
 
-def _model(config: RunConfig, layers: Artifact | None, tokens: int) -> tuple[LayerSelection, ForwardShape]:
+def _typical_product(load: Workload) -> tuple[int, int, int]:
+    """Rows, inputs and outputs of the tracked layer that a micro-batch spends most on."""
+    layer = max(load.layers, key=lambda layer: layer.parameters)
+    return load.config.scan.batch_size * load.tokens, layer.inputs, layer.outputs
+
+
+def _model(config: RunConfig, layers: Artifact | None) -> tuple[LayerSelection, ForwardShape]:
     """Tracked layers, from their artifact if there is one, and the shape of a pass, from the model without weights."""
     skeleton = load_skeleton(config.model)
     selection = load_selection(layers) if layers is not None else _selection(skeleton, config.model.layers)
-    return selection, forward_shape(skeleton, selection, tokens)
+    return selection, forward_shape(skeleton, selection)
 
 
 def _selection(skeleton: nn.Module, wanted: str) -> LayerSelection:

@@ -102,7 +102,8 @@ def run_trace(config: RunConfig, run_dir: str | Path) -> TraceResult:
     outcomes = Runner(Store(config.store), build_steps(config), config, lambda: Cluster(config)).run()
     _copy(outcomes["top"].artifact, ["top.parquet"], folder)
     scores = outcomes["scores"].artifact
-    shutil.rmtree(folder / "scores", ignore_errors=True)  # a folder that is used again may hold more shards
+    for stale in (folder / "scores").glob("shard-*.parquet"):  # a folder that is used again may hold more of them
+        stale.unlink()
     _copy(scores, [name for name in scores.list("shard-") if name.endswith(".parquet")], folder / "scores")
     summary = summarise(config, outcomes, started)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -58,7 +58,7 @@ def batch(sequences: int = SEQUENCES, tokens: int = TOKENS) -> Batch:
 
 
 def shape_of(worker: Worker) -> ForwardShape:
-    return forward_shape(copy.deepcopy(worker.model), worker.selection, TOKENS)
+    return forward_shape(copy.deepcopy(worker.model), worker.selection)
 
 
 def in_place_product(_target: list[int], left: list[int], right: list[int], **_: object) -> int:
@@ -95,16 +95,17 @@ def test_the_same_shape_is_read_on_the_meta_device(monkeypatch: pytest.MonkeyPat
     for make in FAMILIES.values():
         case = eager(make())
         selection = selection_of(case)
-        real = forward_shape(copy.deepcopy(case.model), selection, TOKENS)
-        meta = forward_shape(copy.deepcopy(case.model).to("meta"), selection, TOKENS)
+        real = forward_shape(copy.deepcopy(case.model), selection)
+        meta = forward_shape(copy.deepcopy(case.model).to("meta"), selection)
         assert meta == real
         assert meta.saved_numbers > 0
+        assert meta.heads > 0
 
     def refuse(**_: object) -> None:
         raise NotImplementedError("values are needed")
 
     monkeypatch.setattr(case.model, "forward", refuse)
-    fallback = forward_shape(case.model, selection, TOKENS)
+    fallback = forward_shape(case.model, selection)
     assert not fallback.probed
     assert cost.forward_flops(fallback, TOKENS) == cost.forward_flops(real, TOKENS)
 

@@ -23,12 +23,14 @@ from pipelines import cluster, plan
 from pipelines.estimate import StepCost, Workload, contractions, estimate
 from pipelines.graph import build_steps
 from pipelines.plan import make_plan, run_plan
-from pipelines.rates import DECOMPOSITIONS, ELEMENTWISE, TEXT, Rates, measure, rates_for
+from pipelines.rates import ATTENTION, DECOMPOSITIONS, ELEMENTWISE, TEXT, Rates, measure, rates_for
 from pipelines.runner import Runner
 from pipelines.tracing import TraceResult
 from tests.integration.world import World, run_locally, write_lines
 
-RATES = Rates(dict.fromkeys(("float32", "float64", "bfloat16", ELEMENTWISE, DECOMPOSITIONS), 1e9), 1.0, 1.0, "made up")
+RATES = Rates(
+    dict.fromkeys(("float32", "float64", "bfloat16", ATTENTION, ELEMENTWISE, DECOMPOSITIONS), 1e9), 1.0, 1.0, "made up"
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def test_it_runs_nothing(world: World, tmp_path: Path, monkeypatch: pytest.Monke
         "bytes a token",
         "bm25 at most 90 (3 queries, 30 each), unfiltered 60",
         "11 of 11",
-        "time: an estimate. products and elementwise passes timed for 0.5 s on this machine with 1 threads",
+        "time: an estimate. products (192 × 16 × 24) timed for 0.5 s on this machine with 1 threads",
         "0 layers by two thin products, 6 by full gradients",
     ):
         assert expected in text
