@@ -15,7 +15,7 @@ from torch import Tensor
 from influence.capture import Use, homogeneous
 from influence.layers import LayerSelection, TrackedLayer
 
-TILE = 256  # columns of a tile of a symmetric product; tiles below the diagonal are not computed
+TILE = 128  # columns of a tile of a symmetric product; tiles below the diagonal are not computed
 
 
 def block_slices(size: int, blocks: int) -> tuple[slice, ...]:

@@ -126,8 +126,8 @@ def test_covariance(worker: Worker, blocks: int, monkeypatch: pytest.MonkeyPatch
 
 def test_upper_tiles_save_nearly_half():
     assert cost.upper_tiles(300, tile=256) == 256 * 300 + 44 * 44
-    assert cost.upper_tiles(4096) / cost.block_squares(4096) == pytest.approx(0.53125)
-    assert cost.upper_tiles(4096, blocks=4) / cost.block_squares(4096) == pytest.approx(0.25 * 0.625)
+    assert cost.upper_tiles(4096, tile=256) / cost.block_squares(4096) == pytest.approx(0.53125)
+    assert cost.upper_tiles(4096, blocks=4, tile=256) / cost.block_squares(4096) == pytest.approx(0.25 * 0.625)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
