@@ -104,7 +104,8 @@ def run_trace(config: RunConfig, run_dir: str | Path) -> TraceResult:
     scores = outcomes["scores"].artifact
     for stale in (folder / "scores").glob("shard-*.parquet"):  # a folder that is used again may hold more of them
         stale.unlink()
-    _copy(scores, [name for name in scores.list("shard-") if name.endswith(".parquet")], folder / "scores")
+    shards = [name for name in scores.list("shard-") if name.endswith(".parquet")]
+    _copy(scores, shards, folder / "scores", link=True)  # they can be many gigabytes
     summary = summarise(config, outcomes, started)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     result = TraceResult(folder, summary, outcomes)
@@ -159,8 +160,8 @@ def _stage(outcome: StageOutcome) -> dict[str, Any]:
     return stage
 
 
-def _copy(artifact: Artifact, names: list[str], folder: Path) -> None:
-    """Bring files of an artifact into the run's folder: a hard link where the store is beside it, else a copy."""
+def _copy(artifact: Artifact, names: list[str], folder: Path, link: bool = False) -> None:
+    """Bring files of an artifact into the run's folder, as copies, or as hard links where the store is beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         target = folder / name
@@ -171,9 +172,12 @@ def _copy(artifact: Artifact, names: list[str], folder: Path) -> None:
             pq.write_table(artifact.read_table(name), target)
             continue
         try:
-            os.link(source, target)
+            if link:
+                os.link(source, target)
+                continue
         except OSError:
-            shutil.copyfile(source, target)
+            log.debug("%s cannot be linked; copied", source)
+        shutil.copyfile(source, target)
 
 
 def render_table(rows: list[dict[str, Any]], queries: list[Mapping[str, Any]], shown: int = SHOWN) -> str:
