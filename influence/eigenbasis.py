@@ -57,8 +57,10 @@ class BlockBasis:
         extra = aligned_size(self.size) - self.size
         if len(self.vectors) > 1 or extra == 0:
             return self
-        vectors = functional.pad(self.vectors[0], (0, extra, 0, extra))
-        return BlockBasis((vectors,), (functional.pad(self.values[0], (0, extra)),))
+        return BlockBasis(
+            tuple(functional.pad(vectors, (0, extra, 0, extra)) for vectors in self.vectors),
+            tuple(functional.pad(values, (0, extra)) for values in self.values),
+        )
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> BlockBasis:
         """The same basis in another type or on another device."""
