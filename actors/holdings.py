@@ -59,7 +59,8 @@ class HeldQueries:
             return dict.fromkeys(stored, self._scan.contraction.name)
         ranks = [stored[layer.name].total_rank for layer in self._layers]
         count = next(iter(stored.values())).queries
-        return plan_contractions(self._layers, ranks, count, tokens, self._scan.dense_memory)
+        size = self._precision.sums.itemsize
+        return plan_contractions(self._layers, ranks, count, tokens, self._scan.dense_memory, size)
 
 
 class HeldBases:
@@ -69,6 +70,10 @@ class HeldBases:
         self._layers, self._dtype, self._device = selection.layers, dtype, device
         self._uri: str | None = None
         self._bases: Bases = {}
+
+    def release(self) -> None:
+        """Let the bases go: what comes after the correction needs their memory."""
+        self._uri, self._bases = None, {}
 
     def of(self, artifact: Artifact) -> Bases:
         """The basis of every layer, in the type of the products."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -31,6 +32,11 @@ OnTick = Callable[[int], None]
 class Pool(Protocol):
     """Replicas that work on tasks."""
 
+    @property
+    def cpus(self) -> int:
+        """CPUs of the cluster that the replicas hold now."""
+        ...
+
     def describe(self) -> LayerSelection:
         """Which layers the replicas' model tracks."""
         ...
@@ -57,6 +63,8 @@ class Pool(Protocol):
 
 class LocalPool:
     """One replica in this process, without Ray; the double of `RayPool`."""
+
+    cpus = 0  # it runs where the driver runs
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self._replica = Replica(spec)
@@ -124,6 +132,11 @@ class RayPool:
         for _ in range(spec.cluster.replicas):
             self._start_member()
 
+    @property
+    def cpus(self) -> int:
+        """CPUs that replicas hold now; those that wait for theirs hold none."""
+        return self._spec.cluster.cpus_per_rank * sum(member.loaded for member in self._members)
+
     def describe(self) -> LayerSelection:
         """Which layers the replicas' model tracks; waits for the first replica."""
         while self._selection is None:
@@ -132,11 +145,13 @@ class RayPool:
 
     def run(self, method: str, tasks: Sequence[Any], done: OnDone, tick: OnTick) -> None:
         """Deal the tasks to whichever replica is idle."""
-        dealer = Dealer([str(task) for task in tasks])
+        dealer, asked = Dealer([str(task) for task in tasks]), time.monotonic()
         while dealer.unfinished:
             self._deal(dealer, method, tasks)
             self._step(dealer, tasks, method, done)
-            tick(self._progress())
+            if time.monotonic() - asked >= TICK_SECONDS:
+                tick(self._progress())
+                asked = time.monotonic()
 
     def close(self) -> None:
         """Kill the actors."""
@@ -172,7 +187,7 @@ class RayPool:
                 self._replace(member, dealer, str(error))
                 continue
             if not member.loaded:
-                member.loaded, self._selection = True, result
+                member.loaded, self._selection, self._deaths = True, result, 0
             else:
                 assert dealer is not None
                 assert member.task is not None
@@ -195,6 +210,7 @@ class RayPool:
 
     def _replace(self, member: _Member, dealer: Dealer | None, cause: str) -> None:
         self._members.remove(member)
+        ray.kill(member.actor)  # one that is only out of reach must not go on beside its successor
         if not member.loaded:
             self._deaths += 1
             if self._deaths >= ATTEMPTS:

@@ -159,16 +159,15 @@ class Replica:
     def fidelity(self, task: FidelityTask) -> Done:
         """Scores of a sample by compressed and by full-rank queries: two [N, Q] tensors, as lists."""
         started = time.perf_counter()
-        full = {
-            layer.name: LayerQueries(
-                len(task.queries), dense_QOI=self._full_queries(task, layer.name).to(self.worker.precision.sums)
-            )
-            for layer in self.selection.layers
-        }
-        compressed = self._queries.some(task.compressed, task.queries)
-        both = [
-            torch.cat([block for _, block, _ in self._score(task.sequences, task.sequence_ids, queries, self.worker)])
-            for queries in (compressed, full)
+        self._bases.release()
+
+        def full() -> dict[str, LayerQueries]:
+            names = [layer.name for layer in self.selection.layers]
+            return {name: self._full_queries(task, name) for name in names}
+
+        both = [  # one after the other: only one of the two sets is held at a time
+            torch.cat([block for _, block, _ in self._score(task.sequences, task.sequence_ids, queries(), self.worker)])
+            for queries in (lambda: self._queries.some(task.compressed, task.queries), full)
         ]
         return Done(
             len(task.sequence_ids),
@@ -182,6 +181,7 @@ class Replica:
     def scan(self, task: ScanTask) -> Done:
         """Score one shard of candidates and commit a file of scores; scores that are not finite are set aside."""
         started = time.perf_counter()
+        self._bases.release()
         ids, feeds = candidate_rows(task.candidates, task.first, task.stop)
         queries = self._queries.planned(task.queries, self._tokens(task.sequences))
         order, blocks, tokens = [], [], 0
@@ -213,7 +213,8 @@ class Replica:
         exact, _ = self._load(reference, Precision())
         queries = self._queries.planned(task.queries, self._tokens(task.sequences))
         stored = {
-            name: value.to(torch.float32, torch.float32) for name, value in self._queries.stored(task.queries).items()
+            name: value.to(torch.float32, torch.float32, self.device)
+            for name, value in self._queries.stored(task.queries).items()
         }
         both = [
             torch.cat([block for _, block, _ in self._score(task.sequences, task.sequence_ids, given, worker)])
@@ -274,11 +275,13 @@ class Replica:
         index = sequences.read_json("index.json")
         return max(1, round(index["tokens"] / index["sequences"]))
 
-    def _full_queries(self, task: FidelityTask, name: str) -> Tensor:
+    def _full_queries(self, task: FidelityTask, name: str) -> LayerQueries:
         layer = next(layer for layer in self.selection.layers if layer.name == name)
         state, _ = fit_solver(task.solver, task.factors, layer, task.damping_factor)
         factors = read_token_factors(task.gradients, name, task.queries)
-        return torch.stack([apply(state, factor.gradient()) for factor in factors])
+        dense_QOI = torch.stack([apply(state, factor.gradient()) for factor in factors])
+        precision = self.worker.precision
+        return LayerQueries(len(task.queries), dense_QOI=dense_QOI).to(precision.product, precision.sums, self.device)
 
     def _score(
         self, sequences: Artifact, ids: Sequence[int], queries: dict[str, LayerQueries], worker: Worker
@@ -307,6 +310,7 @@ class Replica:
             try:
                 self._add_group(task, sums, step, excluded)
             except _Restart:
+                del sums  # before they are begun anew: both sets may not fit
                 continue
             sums.excluded |= excluded
             return sums

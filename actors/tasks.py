@@ -57,7 +57,7 @@ class QueryTask:
     measurement: Measurement
 
     def __str__(self) -> str:
-        return "queries " + ", ".join(query_id for _, query_id, _ in self.queries)
+        return "queries " + ", ".join(repr(query_id) for _, query_id, _ in self.queries)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,9 @@ LIMITS: Mapping[str, Limit] = {
     "unfiltered.seed": SEED,
     "scan.batch_size": at_least(1),
     "scan.shard_sequences": at_least(1),
+    "scan.product_dtype": Limit(
+        "float32, float64 or bfloat16 (float16 overflows)", lambda value: value is not Dtype.float16
+    ),
     "scan.sum_dtype": Limit("float32 or wider", lambda value: value in WIDE),
     "scan.agreement_sample": at_least(0),
     "scan.dense_memory": at_least(0),

@@ -209,7 +209,7 @@ def token_scores(
         if queries.dense_QOI is not None:
             act_BTI = homogeneous(use.act_BTI, layer.bias).to(product)
             for query, full_OI in enumerate(queries.dense_QOI):
-                total[..., query] += ((act_BTI @ full_OI.T) * use.grad_BTO.to(product)).sum(-1, dtype=sums)
+                total[..., query] += ((act_BTI @ full_OI.T.to(product)) * use.grad_BTO.to(product)).sum(-1, dtype=sums)
         else:
             assert queries.owner_R is not None
             total.index_add_(2, queries.owner_R, _columnwise(layer, use, queries, product).to(sums))

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.errors import ConfigError
-from actors.pool import Pool, RayPool, raised
+from actors.pool import PATIENCE_SECONDS, Pool, RayPool, raised
 from actors.tasks import ReplicaSpec
 from conf.schema import RunConfig
 
@@ -87,7 +87,9 @@ class Cluster:
                     running[remote.remote(*item[1])] = item[0]
             if not running:
                 return
-            ready, _ = ray.wait(list(running), num_returns=1)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE_SECONDS)
+            if not ready:
+                log.info("%d tasks of %d CPUs, each on one node, run or wait for them", len(running), self.threads)
             for ref in ready:
                 position = running.pop(ref)
                 try:
@@ -98,8 +100,7 @@ class Cluster:
     def make_room(self) -> None:
         """See to it that tasks find CPUs: where replicas hold all of them, let the replicas go."""
         self.start()
-        held = self._config.cluster.replicas * self._config.cluster.cpus_per_rank
-        if self._pool is not None and ray.cluster_resources().get("CPU", 0) - held < self.threads:
+        if self._pool is not None and ray.cluster_resources().get("CPU", 0) - self._pool.cpus < self.threads:
             log.info("replicas hold all CPUs: they leave while tasks run, and load the model again after that")
             self._pool.close()
             self._pool = None

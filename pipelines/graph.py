@@ -89,6 +89,7 @@ def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple
                 "fidelity": config.queries.fidelity,
                 "sample": config.queries.fidelity_sample,
                 "seed": config.seed,
+                "precision": _precision(config),
             },
             compression.run,
         ),
@@ -99,7 +100,7 @@ def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple
             {
                 "model": model,
                 "precision": _precision(config),
-                "contraction": config.scan.contraction.name,
+                "contraction": [config.scan.contraction.name, config.scan.dense_memory],
                 "shard_sequences": config.scan.shard_sequences,
                 "agreement_sample": config.scan.agreement_sample,
             },
@@ -160,7 +161,7 @@ def _feeds(config: RunConfig) -> dict[str, Any]:
     prefilter, unfiltered = config.prefilter, config.unfiltered
     feeds: dict[str, Any] = {"prefilter": prefilter.kind.name, "unfiltered": unfiltered.kind.name}
     if prefilter.kind is PrefilterKind.bm25:
-        feeds |= {"top": prefilter.top, "k1": prefilter.k1}
+        feeds |= {"top": prefilter.top}  # not k1, which cancels out of Equation 28
     if unfiltered.kind is UnfilteredKind.sample:
         feeds |= {"sequences": unfiltered.sequences, "seed": unfiltered.seed}
     return feeds

@@ -11,6 +11,7 @@ from actors.factors import layer_file, load_selection, save_selection
 from actors.reduction import allot, compress
 from actors.tasks import Done, FidelityTask
 from influence.layers import LayerSelection
+from influence.scoring import DENSE_COPIES
 from pipelines.stages.agreement import agreement, shown, summary
 from pipelines.steps import StageContext, StageResult
 
@@ -56,8 +57,9 @@ def _fidelity(context: StageContext, selection: LayerSelection, records: list[di
     count = sequences.read_json("index.json")["sequences"]
     sample = np.random.default_rng(config.seed).choice(count, min(config.queries.fidelity_sample, count), replace=False)
     ids = tuple(np.sort(sample).tolist())
-    size = 4 * sum(layer.columns * layer.outputs for layer in selection.layers)
-    width = max(1, int(config.scan.dense_memory // (2 * size)))
+    itemsize = getattr(torch, config.scan.sum_dtype.name).itemsize
+    size = DENSE_COPIES * itemsize * sum(layer.columns * layer.outputs for layer in selection.layers)
+    width = max(1, int(config.scan.dense_memory // size))
     factors = {name: context.inputs[name] for name in ("eigenbasis", "correction") if name in context.inputs}
     tasks = [
         FidelityTask(

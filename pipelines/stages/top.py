@@ -78,7 +78,9 @@ def describe_top(
                 "bm25_score": proposed.get(sequence_id),
                 "document_id": row["document_id"],
                 "offset": row["offset"],
-                "text": tokenizer.decode(row["input_ids"].tolist(), skip_special_tokens=True),
+                "text": tokenizer.decode(
+                    row["input_ids"].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ),
             }
         )
     return found
