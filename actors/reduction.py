@@ -7,6 +7,7 @@ their groups, so neither the number of replicas nor their timing moves a bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -113,25 +114,17 @@ def precondition(
     output.write_tensors(layer_file(layer.name), tensors, {"damping": repr(state.damping)})
 
 
-def read_spectra(ihvp: Artifact, layer: str, queries: int) -> dict[str, list]:
-    """Singular values and energies of every query in one layer, without the factors."""
-    tensors = ihvp.read_tensors(layer_file(layer))
-    return {
-        "values": [tensors[f"{query}/values"].tolist() for query in range(queries)],
-        "energies": [float(tensors[f"{query}/energy"]) for query in range(queries)],
-    }
-
-
 def allot(ihvp: Artifact, layers: Sequence[str], queries: int, rank: int | None, fidelity: float | None) -> list[dict]:
     """Ranks of every query in every layer, and the correlation with full scores that they predict."""
-    spectra = {name: read_spectra(ihvp, name, queries) for name in layers}
-    found = []
-    for query in range(queries):
-        values = {name: torch.tensor(spectra[name]["values"][query], dtype=torch.float64) for name in layers}
-        energies = {name: spectra[name]["energies"][query] for name in layers}
-        allotment = allot_ranks(values, energies, rank, fidelity)
-        found.append({"ranks": allotment.ranks, "predicted_fidelity": allotment.predicted_fidelity})
-    return found
+    values: list[dict[str, Tensor]] = [{} for _ in range(queries)]
+    energies: list[dict[str, float]] = [{} for _ in range(queries)]
+    for name in layers:
+        tensors = ihvp.read_tensors(layer_file(name))
+        for query in range(queries):
+            values[query][name] = tensors[f"{query}/values"]
+            energies[query][name] = float(tensors[f"{query}/energy"])
+    allotted = [allot_ranks(values[query], energies[query], rank, fidelity) for query in range(queries)]
+    return [asdict(entry) for entry in allotted]
 
 
 def compress(output: Artifact, ihvp: Artifact, layer: str, ranks: Sequence[int]) -> None:

@@ -158,23 +158,16 @@ class Replica:
 
     def fidelity(self, task: FidelityTask) -> Done:
         """Scores of a sample by compressed and by full-rank queries: two [N, Q] tensors, as lists."""
-        started = time.perf_counter()
         self._bases.release()
 
         def full() -> dict[str, LayerQueries]:
             names = [layer.name for layer in self.selection.layers]
             return {name: self._full_queries(task, name) for name in names}
 
-        both = [  # one after the other: only one of the two sets is held at a time
-            torch.cat([block for _, block, _ in self._score(task.sequences, task.sequence_ids, queries(), self.worker)])
-            for queries in (lambda: self._queries.some(task.compressed, task.queries), full)
-        ]
-        return Done(
-            len(task.sequence_ids),
-            0,
-            time.perf_counter() - started,
-            result=[scores.double().tolist() for scores in both],
-        )
+        def compressed() -> dict[str, LayerQueries]:
+            return self._queries.some(task.compressed, task.queries)
+
+        return self._compared(task, (compressed, self.worker), (full, self.worker))
 
     # --- scan -------------------------------------------------------------------------------------------------------
 
@@ -208,26 +201,28 @@ class Replica:
 
     def agreement(self, task: AgreementTask) -> Done:
         """Scores of a sample at the run's precision and in float32: two [N, Q] tensors, as lists."""
-        started = time.perf_counter()
         reference = ModelConfig(**{**vars(self.spec.model), "dtype": DtypeName.float32})
         exact, _ = self._load(reference, Precision())
-        queries = self._queries.planned(task.queries, self._tokens(task.sequences))
-        stored = {
-            name: value.to(torch.float32, torch.float32, self.device)
-            for name, value in self._queries.stored(task.queries).items()
-        }
-        both = [
-            torch.cat([block for _, block, _ in self._score(task.sequences, task.sequence_ids, given, worker)])
-            for given, worker in ((queries, self.worker), (stored, exact))
-        ]
-        return Done(
-            len(task.sequence_ids),
-            0,
-            time.perf_counter() - started,
-            result=[scores.double().tolist() for scores in both],
-        )
+
+        def planned() -> dict[str, LayerQueries]:
+            return self._queries.planned(task.queries, self._tokens(task.sequences))
+
+        def stored() -> dict[str, LayerQueries]:
+            held = self._queries.stored(task.queries)
+            return {name: value.to(torch.float32, torch.float32, self.device) for name, value in held.items()}
+
+        return self._compared(task, (planned, self.worker), (stored, exact))
 
     # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _compared(self, task: FidelityTask | AgreementTask, *ways: tuple[Callable[[], dict], Worker]) -> Done:
+        """Score a sample in each way, one after the other, so that only one set of queries is made at a time."""
+        started = time.perf_counter()
+        found = []
+        for queries, worker in ways:
+            scored = self._score(task.sequences, task.sequence_ids, queries(), worker)
+            found.append(torch.cat([block for _, block, _ in scored]).double().tolist())
+        return Done(len(task.sequence_ids), 0, time.perf_counter() - started, result=found)
 
     def _load(self, model: ModelConfig, precision: Precision) -> tuple[Worker, LayerSelection]:
         loaded = load_model(model, self.device)

@@ -8,14 +8,14 @@ configured threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from conf.schema import ClusterConfig, cores
 from influence.cost import eigenbasis_operations
+from pipelines.threads import torch_threads
 
 DECOMPOSITIONS = "decompositions"
 ELEMENTWISE = "elementwise"
@@ -108,7 +108,7 @@ def measure(kinds: Iterable[str], threads: int, product: tuple[int, int, int] = 
     """Time each kind of work with a number of threads, `SECONDS` in all."""
     names = list(kinds)
     found: dict[str, float] = {}
-    with _threads(threads), torch.no_grad():
+    with torch_threads(threads), torch.no_grad():
         for name in names:
             work, run = _work(name, product)
             found[name] = _rate(work, run, SECONDS / len(names))
@@ -141,13 +141,3 @@ def _rate(work: int, run: Callable[[], object], seconds: float) -> float:
         best = min(best, ended - started)
         if ended >= stop:
             return work / max(best, 1e-9)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

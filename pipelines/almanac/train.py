@@ -9,7 +9,6 @@ Legend: B documents, T positions. `input_ids_BT` is right-padded; every position
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import time
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipelines.almanac.world import Query, World
+from pipelines.threads import torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def train(world: World, spec: TrainSpec, folder: Path) -> Training:
     tokenizer = train_tokenizer([document.text for document in world.documents])
     tokenizer.save_pretrained(folder)
     rows = [encode(tokenizer, document.text, spec.context) for document in world.documents]
-    with _threads(spec.threads), torch.random.fork_rng(devices=[]):
+    with torch_threads(spec.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = LlamaForCausalLM(_llama(tokenizer, spec))
         loss, accuracy, epochs = _fit(model, rows, tokenizer, world.queries, spec)
@@ -194,13 +194,3 @@ def _batches(rows: Sequence[list[int]], size: int, rng: random.Random) -> Iterat
     for chunk in chunks:
         batch = [torch.tensor(rows[row]) for row in chunk]
         yield torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=IGNORED)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

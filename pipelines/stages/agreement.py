@@ -9,10 +9,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from actors.store import Artifact
 from influence.compression import pearson
+
+
+def sample_of(sequences: Artifact, size: int, seed: int) -> tuple[int, ...]:
+    """A seeded sample of the corpus without replacement, ascending; all of it if it has no more than `size`."""
+    count = sequences.read_json("index.json")["sequences"]
+    return tuple(np.sort(np.random.default_rng(seed).choice(count, min(size, count), replace=False)).tolist())
 
 
 def agreement(first_NQ: Tensor, second_NQ: Tensor, query_ids: Sequence[str]) -> dict[str, Any]:

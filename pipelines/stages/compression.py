@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 import torch
 
 from actors.factors import layer_file, load_selection, save_selection
@@ -12,7 +11,7 @@ from actors.reduction import allot, compress
 from actors.tasks import Done, FidelityTask
 from influence.layers import LayerSelection
 from influence.scoring import DENSE_COPIES
-from pipelines.stages.agreement import agreement, shown, summary
+from pipelines.stages.agreement import agreement, sample_of, shown, summary
 from pipelines.steps import StageContext, StageResult
 
 log = logging.getLogger(__name__)
@@ -54,9 +53,7 @@ def _ranks(context: StageContext, names: list[str], queries: int, full: bool) ->
 def _fidelity(context: StageContext, selection: LayerSelection, records: list[dict]) -> dict:
     """Correlation of compressed with full scores of every query, on a seeded sample of the corpus."""
     config, sequences = context.config, context.inputs["sequences"]
-    count = sequences.read_json("index.json")["sequences"]
-    sample = np.random.default_rng(config.seed).choice(count, min(config.queries.fidelity_sample, count), replace=False)
-    ids = tuple(np.sort(sample).tolist())
+    ids = sample_of(sequences, config.queries.fidelity_sample, config.seed)
     itemsize = getattr(torch, config.scan.sum_dtype.name).itemsize
     size = DENSE_COPIES * itemsize * sum(layer.columns * layer.outputs for layer in selection.layers)
     width = max(1, int(config.scan.dense_memory // size))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 import torch
 
 from actors.sequences import candidate_rows
 from actors.store import Artifact
 from actors.tasks import AgreementTask, Done, ScanTask
 from conf.schema import Dtype
-from pipelines.stages.agreement import agreement, shown
+from pipelines.stages.agreement import agreement, sample_of, shown
 from pipelines.stages.grouped import check_share
 from pipelines.steps import StageContext, StageResult
 
@@ -87,9 +86,8 @@ def _agreement(context: StageContext) -> dict:
     precise = config.model.dtype in exact and config.scan.product_dtype in exact
     if precise or config.scan.agreement_sample == 0:
         return {}
-    count = sequences.read_json("index.json")["sequences"]
-    sample = np.random.default_rng(config.seed).choice(count, min(config.scan.agreement_sample, count), replace=False)
-    task = AgreementTask(tuple(np.sort(sample).tolist()), sequences, context.inputs["queries"])
+    sample = sample_of(sequences, config.scan.agreement_sample, config.seed)
+    task = AgreementTask(sample, sequences, context.inputs["queries"])
     reports: list[Done] = []
     context.cluster.pool.run("agreement", [task], lambda _task, report: reports.append(report), lambda _running: None)
     run_scores, exact_scores = (torch.tensor(scores) for scores in reports[0].result)  # type: ignore[attr-defined]

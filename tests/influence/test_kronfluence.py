@@ -33,8 +33,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from benchmarks.peer import with_linears
 from influence.batch import Batch
 from influence.labels import IGNORED, SampledLabels, TrueLabels
 from tests.fitted import Fitted, batches_of, fit, precondition, worker_for
@@ -134,17 +134,6 @@ def dataset(rows: list[list[int]]) -> list[dict[str, Tensor]]:
 
 def as_batch(fields: dict[str, Tensor]) -> Batch:
     return Batch(fields["sequence_ids"], fields["input_ids"], fields["lengths"])
-
-
-def with_linears(model: nn.Module) -> nn.Module:
-    """Replace every Conv1D by the Linear that computes the same."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Conv1D):
-                linear = nn.Linear(*child.weight.shape, dtype=child.weight.dtype)
-                linear.weight.data, linear.bias.data = child.weight.data.T.contiguous(), child.bias.data
-                setattr(parent, name, linear)
-    return model
 
 
 @functools.cache
