@@ -79,3 +79,21 @@ class NonFiniteShare(WhenceError):
 
 class ShardFailed(WhenceError):
     """A shard of work failed more often than is worth retrying."""
+
+
+class GangBroken(WhenceError):
+    """The ranks of a replica lost one another: a collective failed or ran out of time. The work is dealt again."""
+
+
+class MemoryRanOut(WhenceError):
+    """A rank of a sharded replica ran out of memory in the middle of a pass, which its fellows cannot leave.
+
+    Attributes:
+        batch_size: Sequences of the micro-batch that did not fit.
+    """
+
+    batch_size: int = 0
+
+
+class Cancelled(WhenceError):
+    """A task was called off because another replica has done it; nothing of it was committed."""

@@ -129,7 +129,7 @@ class RayPool:
         self._members: list[_Member] = []
         self._selection: LayerSelection | None = None
         self._deaths = 0  # of replicas that were still loading
-        for _ in range(spec.cluster.replicas):
+        for _ in range(spec.cluster.max_replicas):
             self._start_member()
 
     @property

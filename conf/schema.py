@@ -70,6 +70,14 @@ class BadRecord(Enum):
     skip = "skip"
 
 
+class Offload(Enum):
+    """Where the weights of a sharded model lie while they are not used: on the device, in host memory, or on disk."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
 class Contraction(Enum):
     """How training gradients meet queries: two thin products, one formed gradient, or the cheaper of them."""
 
@@ -104,6 +112,8 @@ class ModelConfig:
     dtype: Dtype = Dtype.float32  # of the weights and of the forward and backward pass
     trust_remote_code: bool = False  # run code that comes with the model
     attention: str | None = None  # transformers' attn_implementation; None is its default
+    offload: Offload = Offload.none  # where each rank's slice of the weights lies while it is not used
+    offload_path: str | None = None  # a local folder for offload=nvme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +197,12 @@ class ClusterConfig:
     """Where the run happens."""
 
     address: str = "local"  # local starts Ray here; auto or an address joins a cluster
-    replicas: int = 1  # copies of the model that work side by side
-    world_size: int = 1  # ranks a replica
+    min_replicas: int = 1  # copies of the model that stay while there is nothing to do
+    max_replicas: int = 1  # copies of the model that work side by side, where the cluster has room
+    idle_seconds: float = 60.0  # after which a replica above min_replicas without work leaves
+    world_size: int = 1  # ranks a replica: processes that hold one model together with DeepSpeed ZeRO-3
+    memory_per_rank: int | None = None  # bytes for factors in a rank; more take several passes. None is no limit
+    collective_timeout: float = 600.0  # seconds that the ranks of a replica wait for one another
     cpus_per_rank: int = field(default_factory=cores)  # CPUs and threads of a rank; by default this machine's cores
     gpus_per_rank: float = 0.0  # a fraction lets ranks share a GPU
     num_cpus: int | None = None  # CPUs that a local Ray promises; None asks the machine

@@ -13,7 +13,7 @@ from typing import Any
 
 from conf.keys import PATHS, Key, group_classes, keys, written
 from conf.problems import ConfigProblems, Problem, did_you_mean
-from conf.schema import MISSING, Dtype, PrefilterKind, RunConfig, UnfilteredKind
+from conf.schema import MISSING, Dtype, Offload, PrefilterKind, RunConfig, UnfilteredKind
 
 WIDE = (Dtype.float32, Dtype.float64)
 
@@ -88,8 +88,12 @@ LIMITS: Mapping[str, Limit] = {
     "scan.nonfinite_share": Limit("from 0 to 1", lambda value: 0 <= value <= 1),
     "scan.top": at_least(1),
     "cluster.address": NOT_EMPTY,
-    "cluster.replicas": at_least(1),
+    "cluster.min_replicas": at_least(0),
+    "cluster.max_replicas": at_least(1),
+    "cluster.idle_seconds": at_least(0),
     "cluster.world_size": at_least(1),
+    "cluster.memory_per_rank": at_least(1),
+    "cluster.collective_timeout": above(0),
     "cluster.cpus_per_rank": at_least(1),
     "cluster.gpus_per_rank": at_least(0),
     "cluster.num_cpus": at_least(1),
@@ -236,17 +240,26 @@ def _something_to_scan(config: RunConfig) -> Iterator[Problem]:
 
 def _cpus_suffice(config: RunConfig) -> Iterator[Problem]:
     cluster = config.cluster
-    wanted = cluster.replicas * cluster.world_size * cluster.cpus_per_rank
+    wanted = cluster.max_replicas * cluster.world_size * cluster.cpus_per_rank
     if cluster.address == "local" and cluster.num_cpus is not None and wanted > cluster.num_cpus:
-        parts = ("cluster.replicas", "cluster.world_size", "cluster.cpus_per_rank")
+        parts = ("cluster.max_replicas", "cluster.world_size", "cluster.cpus_per_rank")
         reason = f"{' x '.join(parts)} asks for {wanted} CPUs. Allowed: a whole number, at least {wanted}; or null"
         yield Problem(f"cluster.num_cpus={cluster.num_cpus}", reason, ("cluster.num_cpus", *parts))
 
 
-def _one_rank(config: RunConfig) -> Iterator[Problem]:
-    if config.cluster.world_size > 1:
-        reason = "replicas that are sharded over ranks come with a later release. Allowed: 1"
-        yield Problem(f"cluster.world_size={config.cluster.world_size}", reason, ("cluster.world_size",))
+def _replicas_in_order(config: RunConfig) -> Iterator[Problem]:
+    least, most = config.cluster.min_replicas, config.cluster.max_replicas
+    if least > most:
+        names = ("cluster.min_replicas", "cluster.max_replicas")
+        yield Problem(
+            f"cluster.min_replicas={least}", f"more than cluster.max_replicas={most}. Allowed: at most {most}", names
+        )
+
+
+def _offload_has_a_place(config: RunConfig) -> Iterator[Problem]:
+    if config.model.offload is Offload.nvme and config.model.offload_path is None:
+        reason = "needs model.offload_path. Allowed: a folder on a local disk of every node"
+        yield Problem("model.offload=nvme", reason, ("model.offload", "model.offload_path"))
 
 
 def _paths_given(config: RunConfig) -> Iterator[Problem]:
@@ -274,5 +287,5 @@ def _paths_exist(config: RunConfig) -> Iterator[Problem]:
 
 
 Rule = Callable[[RunConfig], Iterator[Problem]]
-RULES: tuple[Rule, ...] = (_something_to_scan, _cpus_suffice, _one_rank)
+RULES: tuple[Rule, ...] = (_something_to_scan, _cpus_suffice, _replicas_in_order, _offload_has_a_place)
 COMPLETE: tuple[Rule, ...] = (_paths_given, _paths_exist)

@@ -49,7 +49,7 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if cluster.address == "local":
-            needed = cluster.replicas * cluster.cpus_per_rank
+            needed = cluster.max_replicas * cluster.cpus_per_rank
             cores = os.cpu_count() or 1
             cpus = cluster.num_cpus or max(cores, needed) + cores  # replicas keep theirs while tasks run
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)

@@ -157,7 +157,7 @@ def _facts(plan: Plan) -> list[str]:
         f"curvature  {config.factors.solver.name}, {load.samples:,} sequences",
         f"queries    {load.queries:,}, {sum(load.query_tokens):,} tokens",
         f"candidates {load.candidates:,} sequences to scan",
-        f"cluster    {config.cluster.replicas} replicas, {config.cluster.cpus_per_rank} threads and "
+        f"cluster    {config.cluster.max_replicas} replicas, {config.cluster.cpus_per_rank} threads and "
         f"{config.cluster.gpus_per_rank:g} GPUs each",
     ]
 

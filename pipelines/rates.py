@@ -68,7 +68,7 @@ def rates_for(cluster: ClusterConfig, dtypes: Iterable[str], product: tuple[int,
     """
     names = list(dict.fromkeys(dtypes))
     threads = cluster.cpus_per_rank
-    ranks = cluster.replicas * cluster.world_size
+    ranks = cluster.max_replicas * cluster.world_size
     available = cores()
     here = cluster.address == "local"
     tasks = max(1.0, (available if here else ranks * threads) / threads)
@@ -95,7 +95,7 @@ def _on_gpus(cluster: ClusterConfig, names: list[str], tasks: float) -> Rates:
     of |= measure([DECOMPOSITIONS], cluster.cpus_per_rank)
     seen = "the GPU of this machine" if _gpu() else "assumed: no known GPU is seen from here"
     how = f"{UTILISATION:.0%} of the peak of an {name} ({seen}), not measured; decompositions timed on this CPU"
-    return Rates(of, float(cluster.replicas * cluster.world_size), tasks, how)
+    return Rates(of, float(cluster.max_replicas * cluster.world_size), tasks, how)
 
 
 def _gpu() -> str | None:

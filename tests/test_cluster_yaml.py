@@ -52,4 +52,4 @@ def test_a_replica_of_the_option_fits_a_worker(cluster: dict[str, Any]) -> None:
         if kind["resources"].get("GPU", 0) >= wanted.gpus_per_rank and kind["resources"]["CPU"] > wanted.cpus_per_rank
     ]
     assert room, "no worker has the GPUs of a replica, its CPUs, and some to spare for tasks"
-    assert cluster["max_workers"] >= wanted.replicas
+    assert cluster["max_workers"] >= wanted.max_replicas

@@ -61,7 +61,7 @@ def test_options_set_what_they_say():
     assert config.unfiltered.kind is UnfilteredKind.all
     assert config.factors.solver is Solver.kfac
     assert (config.scan.product_dtype, config.scan.sum_dtype) == (Dtype.bfloat16, Dtype.float32)
-    assert config.cluster.replicas == 2
+    assert config.cluster.max_replicas == 2
     assert config.queries.rank == "full"
 
 

@@ -20,7 +20,7 @@ def test_two_commands_on_one_store_share_the_work_and_give_the_bits_of_a_single_
     overrides = world.overrides(tmp_path / "store", cluster__num_cpus=3, scan__batch_size=8)
     folders = [tmp_path / "first", tmp_path / "second"]
     with (
-        command("trace", *overrides, "cluster.replicas=2", run_dir=folders[0]) as first,
+        command("trace", *overrides, "cluster.max_replicas=2", run_dir=folders[0]) as first,
         command("trace", *overrides, run_dir=folders[1]) as second,
     ):
         finished([first, second], [folder / "output.txt" for folder in folders])

@@ -173,7 +173,7 @@ def test_a_second_identical_run_computes_nothing(
     world: World, traced: TraceResult, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tracing, "Cluster", NoCluster)
-    again = run_trace(world.config(store, cluster__replicas=2, scan__batch_size=3), tmp_path / "again")
+    again = run_trace(world.config(store, cluster__max_replicas=2, scan__batch_size=3), tmp_path / "again")
     assert cached(again) == dict.fromkeys(STEPS, True)
     assert again.scores_table().equals(traced.scores_table())
     assert again.top.equals(traced.top)

@@ -137,7 +137,7 @@ def test_two_replicas_of_which_some_are_killed_give_the_same_bits_as_one_in_this
     monkeypatch.setattr(cluster, "RayPool", FragilePool)
     fresh = fork(store, tmp_path / "store", CORPUS_STEPS)
     with caplog.at_level("WARNING"):
-        result = run_trace(world.config(fresh, cluster__replicas=2), tmp_path / "run")
+        result = run_trace(world.config(fresh, cluster__max_replicas=2), tmp_path / "run")
     deaths = [record for record in caplog.records if "a new one takes over" in record.getMessage()]
     assert len(deaths) == 2
     assert same_bits(result, traced)

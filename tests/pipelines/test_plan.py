@@ -185,7 +185,7 @@ def test_rates_are_measured_with_the_configured_threads(monkeypatch: pytest.Monk
     assert torch.get_num_threads() == before
     assert all(rate > 1e6 for rate in found.values())
     monkeypatch.setattr("pipelines.rates.cores", lambda: 4)
-    rates = rates_for(ClusterConfig(replicas=3, cpus_per_rank=2), ["float32"])
+    rates = rates_for(ClusterConfig(max_replicas=3, cpus_per_rank=2), ["float32"])
     assert (rates.workers, rates.tasks) == (2, 2)
     assert "3 ranks of 2 threads share 4 cores" in rates.how
 
@@ -193,7 +193,7 @@ def test_rates_are_measured_with_the_configured_threads(monkeypatch: pytest.Monk
 def test_gpu_rates_are_assumed_and_said_to_be(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pipelines.rates.SECONDS", 0.05)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    rates = rates_for(ClusterConfig(address="auto", replicas=8, gpus_per_rank=1.0), ["bfloat16"])
+    rates = rates_for(ClusterConfig(address="auto", max_replicas=8, gpus_per_rank=1.0), ["bfloat16"])
     assert rates.of["bfloat16"] == pytest.approx(0.4 * 312e12)
     assert rates.workers == 8
     assert "40% of the peak of an A100 (assumed" in rates.how
