@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+DUMMY = -1  # sequence id of what only fills a batch up
 PADDING_ID = 0  # any token id will do: masked positions are seen by no other position and enter no statistic
 
 
@@ -62,6 +64,27 @@ class Batch:
     def predicted_BT(self) -> Tensor:
         """A bool `[B, T]`: True where position t predicts token t + 1, so never at a last position or in padding."""
         return self._positions_T < (self.lengths[:, None] - 1)
+
+    def filled(self, multiple: int) -> Batch:
+        """The batch with sequences of one token added, which predict nothing, up to a multiple of a number of ranks.
+
+        It has two positions at least, so that there are rows to exchange.
+        """
+        extra = -len(self) % multiple
+        wider = max(0, 2 - self.input_ids.shape[1])
+        if extra == 0 and wider == 0:
+            return self
+        return Batch(
+            F.pad(self.sequence_ids, (0, extra), value=DUMMY),
+            F.pad(self.input_ids, (0, wider, 0, extra), value=PADDING_ID),
+            F.pad(self.lengths, (0, extra), value=1),
+        )
+
+    def part(self, rank: int, ranks: int) -> Batch:
+        """A rank's sequences of a batch whose length is a multiple of `ranks`, padded as the whole is."""
+        size = len(self) // ranks
+        rows = slice(rank * size, (rank + 1) * size)
+        return Batch(self.sequence_ids[rows], self.input_ids[rows], self.lengths[rows])
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""

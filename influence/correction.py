@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from influence.capture import Use, homogeneous
-from influence.eigenbasis import BlockBasis
+from influence.eigenbasis import BasisShare, BlockBasis
+from influence.exchange import Exchange, gather_columns, shares
 from influence.layers import LayerSelection, TrackedLayer
 
 GRADIENT_BYTES = 1 << 25  # of sequence gradients that are formed at a time
@@ -20,7 +21,10 @@ GRADIENT_BYTES = 1 << 25  # of sequence gradients that are formed at a time
 
 @dataclass
 class CorrectionSums:
-    """Σ over sequences of (Q_Sᵀ G Q_A)² for every layer (Equation 20), with the number of sequences; mergeable."""
+    """Σ over sequences of (Q_Sᵀ G Q_A)² for every layer (Equation 20), with the number of sequences; mergeable.
+
+    A rank of a sharded replica holds some rows of each sum, or some columns: a share of the layer's larger side.
+    """
 
     sums: dict[str, Tensor]
     sequences: int = 0
@@ -29,15 +33,19 @@ class CorrectionSums:
 
     @staticmethod
     def empty(
-        selection: LayerSelection, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        selection: LayerSelection,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
     ) -> CorrectionSums:
-        """Zero sums for every layer of a selection."""
-        return CorrectionSums(
-            {
-                layer.name: torch.zeros(layer.outputs, layer.columns, dtype=dtype, device=device)
-                for layer in selection.layers
-            }
-        )
+        """Zero sums for every layer of a selection; the part that a rank owns of them."""
+
+        def zeros(layer: TrackedLayer) -> Tensor:
+            rows, columns = owned_part(layer, rank, ranks)
+            return torch.zeros(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype, device=device)
+
+        return CorrectionSums({layer.name: zeros(layer) for layer in selection.layers})
 
     def merge(self, other: CorrectionSums) -> None:
         """Add the sums over other sequences to this one."""
@@ -68,7 +76,23 @@ class LayerBasis:
     gradient: BlockBasis
 
 
+@dataclass(frozen=True)
+class LayerBasisShare:
+    """A rank's share of the Kronecker eigenbasis of one layer: some columns of Q_A and of Q_S."""
+
+    activation: BasisShare
+    gradient: BasisShare
+
+
 Bases = Mapping[str, LayerBasis]
+BasisShares = Mapping[str, LayerBasisShare]
+
+
+def owned_part(layer: TrackedLayer, rank: int, ranks: int) -> tuple[slice, slice]:
+    """Rows and columns of Λ [O, I] that a rank owns: a share of the larger side."""
+    if layer.columns <= layer.outputs:
+        return shares(layer.outputs, ranks)[rank], slice(0, layer.columns)
+    return slice(0, layer.outputs), shares(layer.columns, ranks)[rank]
 
 
 def add_correction(
@@ -106,3 +130,44 @@ def add_correction(
         if not grad_first:
             total = basis.gradient.rotate(total.transpose(1, 2)).transpose(1, 2)
         sum_OI += total.to(sum_OI.dtype).square_().sum(0)[:, : layer.columns]
+
+
+def add_correction_share(
+    sum_oi: Tensor,
+    layer: TrackedLayer,
+    uses: Sequence[Use],
+    basis: LayerBasisShare,
+    exchange: Exchange,
+    product: torch.dtype,
+) -> None:
+    """Add a rank's part of Σ_b (Q_Sᵀ G_b Q_A)² of a micro-batch whose rows all ranks have.
+
+    Each rank rotates all rows by its columns of Q_A and of Q_S. What the smaller side gave is gathered, so that
+    every rank has it whole, and the rank's part of each rotated gradient is formed from it. Cost a sequence and rank,
+    for N ranks: T·(I² + O² + I·O) / N multiply-adds; moves T·min(I, O)·(N − 1) / N numbers a sequence to each rank.
+
+    Args:
+        sum_oi: the rank's part of the running sum (`owned_part`), changed in place.
+        layer: whose uses they are.
+        uses: inputs and output gradients of the whole micro-batch.
+        basis: the rank's share of the eigenbasis.
+        exchange: the other ranks.
+        product: type of the operands.
+    """
+    rotated = []
+    for use in uses:
+        act_BTi = basis.activation.rotate(homogeneous(use.act_BTI, layer.bias).to(product))
+        grad_BTo = basis.gradient.rotate(use.grad_BTO.to(product))
+        if layer.columns <= layer.outputs:
+            act_BTi = gather_columns(exchange, act_BTi, layer.columns)
+        else:
+            grad_BTo = gather_columns(exchange, grad_BTo, layer.outputs)
+        rotated.append((act_BTi, grad_BTo))
+    step = max(1, GRADIENT_BYTES // (4 * max(1, sum_oi.numel())))
+    for start in range(0, uses[0].act_BTI.shape[0], step):
+        formed = [
+            torch.bmm(grad_BTo[start : start + step].transpose(1, 2), act_BTi[start : start + step])
+            for act_BTi, grad_BTo in rotated
+        ]
+        total = formed[0] if len(formed) == 1 else torch.stack(formed).sum(0)
+        sum_oi += total.to(sum_oi.dtype).square_().sum(0)

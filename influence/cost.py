@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from influence.compression import EXACT_SIZE, OVERSAMPLING, POWER_ITERATIONS
-from influence.covariance import TILE, block_slices
+from influence.covariance import block_slices
 from influence.eigenbasis import aligned_size
 from influence.layers import TrackedLayer
+from influence.passes import upper_strips
 from influence.shape import ForwardShape
 
 # --- the floor: a forward pass and a backward pass to activations only ---
@@ -60,30 +61,29 @@ def block_squares(size: int, blocks: int = 1) -> int:
     return sum((part.stop - part.start) ** 2 for part in block_slices(size, blocks))
 
 
-def upper_tiles(size: int, blocks: int = 1, tile: int = TILE) -> int:
-    """Multiply-adds a row of a symmetric product of which tiles below the diagonal are left out; about Σ b² / 2.
+def covariance_flops(layer: TrackedLayer, tokens: int, calls: int = 1, blocks: int = 1, ranks: int = 1) -> int:
+    """A and S of one layer: (T − 1)·U rows of I columns, none if another layer of its group adds them, and T·U of O.
 
-    A tile of columns [s, e) meets the columns [s, b): (e − s)(b − s).
+    Each row costs as many multiply-adds as the upper strips have numbers. Several ranks leave the last of T rows behind
+    on both sides, and have all other products in common: this is their sum.
     """
-    total = 0
-    for part in block_slices(size, blocks):
-        width = part.stop - part.start
-        total += sum((min(start + tile, width) - start) * (width - start) for start in range(0, width, tile))
-    return total
-
-
-def covariance_flops(layer: TrackedLayer, tokens: int, calls: int = 1, blocks: int = 1, tile: int = TILE) -> int:
-    """A and S of one layer: (T − 1)·U rows of I columns, none if another layer of its group adds them, and T·U of O."""
     own = layer.name == layer.input_group
-    activation = (tokens - 1) * calls * upper_tiles(layer.columns, blocks, tile) if own else 0
-    return 2 * (activation + tokens * calls * upper_tiles(layer.outputs, blocks, tile))
+    activation = (tokens - 1) * calls * upper_strips(layer.columns, blocks) if own else 0
+    rows = tokens if ranks == 1 else tokens - 1
+    return 2 * (activation + rows * calls * upper_strips(layer.outputs, blocks))
 
 
-def correction_flops(layer: TrackedLayer, tokens: int, calls: int = 1, blocks: int = 1, aligned: bool = True) -> int:
+def correction_flops(
+    layer: TrackedLayer, tokens: int, calls: int = 1, blocks: int = 1, aligned: bool = True, ranks: int = 1
+) -> int:
     """Λ of one layer, T over all calls: T·I·O + Σb_I²·min(T, O) + Σb_O²·min(T, I) multiply-adds.
 
-    I is that of an aligned basis of the inputs, unless there are several blocks or `aligned` is off.
+    I is that of an aligned basis of the inputs, unless there are several blocks or `aligned` is off. Several ranks
+    always rotate rows, T − 1 a call, by the bases as they are: (T − 1)·U·(I·O + Σb_I² + Σb_O²) over all ranks.
     """
+    if ranks > 1:
+        rotations = block_squares(layer.columns, blocks) + block_squares(layer.outputs, blocks)
+        return 2 * (tokens - 1) * calls * (layer.parameters + rotations)
     rows = tokens * calls
     columns = aligned_size(layer.columns) if aligned and blocks == 1 else layer.columns
     formed = rows * columns * layer.outputs
@@ -107,8 +107,13 @@ def factor_sizes(layers: Sequence[TrackedLayer]) -> dict[str, int]:
 
 
 def covariance_numbers(layers: Sequence[TrackedLayer], blocks: int = 1) -> int:
-    """Numbers of all factors A and S, Σ b²: the accumulators of a replica, and the artifact."""
+    """Numbers of all factors A and S, Σ b²: the artifact."""
     return sum(block_squares(size, blocks) for size in factor_sizes(layers).values())
+
+
+def strip_numbers(layers: Sequence[TrackedLayer], blocks: int = 1) -> int:
+    """Numbers of the sums behind A and S, about half of them: what the ranks of a replica hold together, and a part."""
+    return sum(upper_strips(size, blocks) for size in factor_sizes(layers).values())
 
 
 def basis_numbers(layers: Sequence[TrackedLayer], blocks: int = 1) -> int:
@@ -197,14 +202,21 @@ def dense_numbers(layer: TrackedLayer, queries: int) -> int:
 
 
 def scan_flops(
-    layer: TrackedLayer, contraction: str, tokens: int, total_rank: int, queries: int, calls: int = 1
+    layer: TrackedLayer,
+    contraction: str,
+    tokens: int,
+    total_rank: int,
+    queries: int,
+    calls: int = 1,
+    shared: bool = False,
 ) -> int:
     """Scores of one sequence against all queries in one layer.
 
     `factored`: T·U·ΣR·(I + O) multiply-adds. `dense`: T·U·I·O to form the gradient and Q·I·O to meet the queries. A
-    bias is added, not multiplied, but for Q·O where the gradient is formed.
+    bias is added, not multiplied, but for Q·O where the gradient is formed. Ranks that share the queries leave the last
+    of T rows behind.
     """
-    rows = tokens * calls
+    rows = (tokens - shared) * calls
     if contraction == "factored":
         return 2 * rows * total_rank * (layer.inputs + layer.outputs)
     return 2 * (layer.inputs * layer.outputs * (rows + queries) + layer.bias * layer.outputs * queries)

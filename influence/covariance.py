@@ -1,13 +1,15 @@
 """Covariance factors of K-FAC: second moments of activations (A) and of pseudo-gradients (S).
 
-rows_NI: [predicted (token, use) pairs, columns]; block_bb: one diagonal block of a factor.
+rows_NI: [predicted (token, use) pairs, columns]; block_bb: one diagonal block of a factor. A sum is kept as strips, so
+that the ranks of a sharded replica can each own some of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from influence.capture import Use, homogeneous
 from influence.layers import LayerSelection, TrackedLayer
 
-TILE = 128  # columns of a tile of a symmetric product; tiles below the diagonal are not computed
+TILE = 128  # rows of a strip of a symmetric product; what is below the diagonal is not computed
 
 
 def block_slices(size: int, blocks: int) -> tuple[slice, ...]:
@@ -31,27 +33,83 @@ def block_slices(size: int, blocks: int) -> tuple[slice, ...]:
     return tuple(slice(start, end) for start, end in pairwise(ends))
 
 
+class Strip(NamedTuple):
+    """`TILE` rows of a symmetric sum: those of diagonal block `block` from row `start` on, right of the diagonal."""
+
+    block: int
+    start: int
+
+    @property
+    def name(self) -> str:
+        """As it is called in files."""
+        return f"{self.block}.{self.start}"
+
+
+def all_strips(size: int, blocks: int) -> list[Strip]:
+    """The strips that make up a symmetric matrix of `size` coordinates in `blocks` blocks."""
+    return [
+        Strip(index, start)
+        for index, part in enumerate(block_slices(size, blocks))
+        for start in range(0, part.stop - part.start, TILE)
+    ]
+
+
+def strip_shape(size: int, blocks: int, strip: Strip) -> tuple[int, int]:
+    """Rows and columns of a strip."""
+    part = block_slices(size, blocks)[strip.block]
+    width = part.stop - part.start
+    return min(TILE, width - strip.start), width - strip.start
+
+
+def deal_strips(sizes: Mapping[str, int], blocks: int, ranks: int) -> list[dict[str, list[Strip]]]:
+    """Who owns which strips of which factor: one dictionary a rank.
+
+    Each strip goes to the rank that has the fewest numbers of this factor so far, then to the one with the fewest of
+    all factors. So memory and work are even, also on each factor: ranks go from layer to layer in step.
+
+    Args:
+        sizes: coordinates of each factor.
+        blocks: diagonal blocks of each.
+        ranks: processes that share them.
+    """
+    owned: list[dict[str, list[Strip]]] = [{name: [] for name in sizes} for _ in range(ranks)]
+    held = [0] * ranks
+    for name, size in sizes.items():
+        mine = [0] * ranks
+        for strip in all_strips(size, blocks):
+            rows, columns = strip_shape(size, blocks, strip)
+            rank = min(range(ranks), key=lambda index: (mine[index], held[index], index))
+            owned[rank][name].append(strip)
+            mine[rank] += rows * columns
+            held[rank] += rows * columns
+    return owned
+
+
 @dataclass
 class SecondMoment:
-    """A running sum Σ x xᵀ over rows, as diagonal blocks, with the number of rows.
+    """A running sum Σ x xᵀ over rows, as strips on and above the diagonal, with the number of rows.
 
-    Only the tiles on and above the diagonal are kept up to date: a symmetric product costs little more than half of the
-    full one, N·I² / 2 multiply-adds for N rows of I columns.
+    A symmetric product costs little more than half of the full one, N·I² / 2 multiply-adds for N rows of I columns, and
+    takes half of its memory. Any part of the strips may be held here and the rest elsewhere.
     """
 
-    blocks: tuple[Tensor, ...]
+    size: int
+    blocks: int
+    strips: dict[Strip, Tensor]
     rows: int = 0
 
     @staticmethod
-    def zeros(size: int, blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> SecondMoment:
-        """An empty sum over vectors of `size` coordinates in `blocks` blocks."""
-        widths = [part.stop - part.start for part in block_slices(size, blocks)]
-        return SecondMoment(tuple(torch.zeros(width, width, dtype=dtype, device=device) for width in widths))
-
-    @property
-    def size(self) -> int:
-        """Number of coordinates over all blocks."""
-        return sum(block.shape[0] for block in self.blocks)
+    def zeros(
+        size: int,
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        owned: Iterable[Strip] | None = None,
+    ) -> SecondMoment:
+        """An empty sum over vectors of `size` coordinates in `blocks` blocks; all strips, or those that are owned."""
+        owned = all_strips(size, blocks) if owned is None else owned
+        strips = {strip: torch.zeros(strip_shape(size, blocks, strip), dtype=dtype, device=device) for strip in owned}
+        return SecondMoment(size, blocks, strips)
 
     def add(self, rows_NI: Tensor, count: int, product: torch.dtype) -> None:
         """Add Σ_n x_n x_nᵀ for the given rows.
@@ -59,44 +117,53 @@ class SecondMoment:
         Args:
             rows_NI: the vectors; rows of zeros add nothing.
             count: how many predicted (token, use) pairs the rows stand for.
-            product: the type of the operands of the product; sums stay in the type of the blocks.
+            product: the type of the operands of the product; sums stay in the type of the strips.
         """
-        rows_NI = rows_NI.to(product)
-        for part, block in zip(block_slices(self.size, len(self.blocks)), self.blocks, strict=True):
-            _add_upper_tiles(block, rows_NI[:, part])
+        rows_NI, parts = rows_NI.to(product), block_slices(self.size, self.blocks)
+        for strip, target in self.strips.items():
+            rows_Nb = rows_NI[:, parts[strip.block]]
+            left, right = rows_Nb[:, strip.start : strip.start + target.shape[0]].T, rows_Nb[:, strip.start :]
+            if rows_Nb.dtype == target.dtype:
+                target.addmm_(left, right)
+            else:
+                target += left @ right
         self.rows += count
 
     def merge(self, other: SecondMoment) -> None:
         """Add another sum over different rows to this one."""
-        for mine, theirs in zip(self.blocks, other.blocks, strict=True):
-            mine += theirs
+        for strip, theirs in other.strips.items():
+            self.strips[strip] += theirs
         self.rows += other.rows
 
     def mean(self) -> tuple[Tensor, ...]:
         """The mean second moment E[x xᵀ], symmetric, a tensor a block.
 
         Raises:
-            ValueError: if no row was added.
+            ValueError: if no row was added, or strips are missing.
         """
         if self.rows == 0:
             raise ValueError("a covariance factor over no rows: no position of the sample predicts a token")
-        return tuple(_mirrored(block) / self.rows for block in self.blocks)
+        missing = set(all_strips(self.size, self.blocks)) - set(self.strips)
+        if missing:
+            raise ValueError(f"a covariance factor lacks {len(missing)} of its strips, the first at {min(missing)}")
+        found = []
+        for index, part in enumerate(block_slices(self.size, self.blocks)):
+            width = part.stop - part.start
+            block_bb = next(iter(self.strips.values())).new_empty(width, width)
+            for strip, value in self.strips.items():
+                if strip.block == index:
+                    _mirror(block_bb, strip.start, value / self.rows)
+            found.append(block_bb)
+        return tuple(found)
 
 
-def _add_upper_tiles(block_bb: Tensor, rows_Nb: Tensor) -> None:
-    size = block_bb.shape[0]
-    for start in range(0, size, TILE):
-        end = min(start + TILE, size)
-        target, left, right = block_bb[start:end, start:], rows_Nb[:, start:end].T, rows_Nb[:, start:]
-        if rows_Nb.dtype == block_bb.dtype:
-            target.addmm_(left, right)
-        else:
-            target += left @ right
-
-
-def _mirrored(block_bb: Tensor) -> Tensor:
-    upper = torch.triu(block_bb)
-    return upper + torch.triu(block_bb, diagonal=1).T
+def _mirror(block_bb: Tensor, start: int, strip: Tensor) -> None:
+    """Write a strip into a symmetric block, on both sides of the diagonal."""
+    rows = strip.shape[0]
+    tile = torch.triu(strip[:, :rows])
+    block_bb[start : start + rows, start : start + rows] = tile + torch.triu(tile, diagonal=1).T
+    block_bb[start : start + rows, start + rows :] = strip[:, rows:]
+    block_bb[start + rows :, start : start + rows] = strip[:, rows:].T
 
 
 @dataclass
@@ -115,14 +182,26 @@ class CovarianceSums:
 
     @staticmethod
     def empty(
-        selection: LayerSelection, blocks: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        selection: LayerSelection,
+        blocks: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
     ) -> CovarianceSums:
-        """Zero sums for every layer of a selection, in `blocks` blocks a side."""
-        activation = {
-            layer.input_group: SecondMoment.zeros(layer.columns, blocks, dtype, device) for layer in selection.layers
-        }
-        gradient = {layer.name: SecondMoment.zeros(layer.outputs, blocks, dtype, device) for layer in selection.layers}
-        return CovarianceSums(activation, gradient)
+        """Zero sums for every layer of a selection, in `blocks` blocks a side; the part that a rank owns of them."""
+        layers = selection.layers
+        inputs = {f"activation/{layer.input_group}": layer.columns for layer in layers}
+        outputs = {f"gradient/{layer.name}": layer.outputs for layer in layers}
+        owned = deal_strips(inputs | outputs, blocks, ranks)[rank]
+
+        def moment(factor: str, size: int) -> SecondMoment:
+            return SecondMoment.zeros(size, blocks, dtype, device, owned[factor])
+
+        return CovarianceSums(
+            {factor.removeprefix("activation/"): moment(factor, size) for factor, size in inputs.items()},
+            {factor.removeprefix("gradient/"): moment(factor, size) for factor, size in outputs.items()},
+        )
 
     def add(
         self, layer: TrackedLayer, uses: list[Use] | tuple[Use, ...], predicted_BT: Tensor, product: torch.dtype
@@ -150,6 +229,8 @@ class CovarianceSums:
 def _predicted_rows(act_BTI: Tensor, predicted_BT: Tensor) -> Tensor:
     if bool(predicted_BT[:, :-1].all()) and not bool(predicted_BT[:, -1].any()):
         return act_BTI[:, :-1].flatten(0, 1)
+    if bool(predicted_BT.all()):  # rows whose last positions were left behind already
+        return act_BTI.flatten(0, 1)
     return act_BTI[predicted_BT]
 
 

@@ -62,6 +62,16 @@ class BlockBasis:
             tuple(functional.pad(values, (0, extra)) for values in self.values),
         )
 
+    def share(self, part: slice) -> BasisShare:
+        """Some of the basis vectors: those of the coordinates in `part`, over all blocks."""
+        pieces = []
+        for coordinates, vectors in zip(block_slices(self.size, len(self.vectors)), self.vectors, strict=True):
+            start = max(part.start, coordinates.start) - coordinates.start
+            stop = min(part.stop, coordinates.stop) - coordinates.start
+            if start < stop:
+                pieces.append((coordinates, vectors[:, start:stop].contiguous()))
+        return BasisShare(tuple(pieces))
+
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> BlockBasis:
         """The same basis in another type or on another device."""
         return BlockBasis(
@@ -76,6 +86,22 @@ class BlockBasis:
         return torch.cat(
             [x_NI[..., part] @ matrix.to(x_NI.dtype) for part, matrix in zip(parts, matrices, strict=True)], dim=-1
         )
+
+
+@dataclass(frozen=True)
+class BasisShare:
+    """Some columns of a block-diagonal Q: for each block that has any, its coordinates and its columns."""
+
+    pieces: tuple[tuple[slice, Tensor], ...]
+
+    def rotate(self, x_NI: Tensor) -> Tensor:
+        """The coordinates of x that belong to this share, in their order; [N, share]."""
+        rotated = [x_NI[..., part] @ vectors.to(x_NI.dtype) for part, vectors in self.pieces]
+        return torch.cat(rotated, dim=-1) if rotated else x_NI[..., :0]
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> BasisShare:
+        """The same share in another type or on another device."""
+        return BasisShare(tuple((part, vectors.to(device=device, dtype=dtype)) for part, vectors in self.pieces))
 
 
 def eigenbasis(name: str, blocks: Sequence[Tensor]) -> BlockBasis:

@@ -1,7 +1,8 @@
 """What the ranks of one replica tell each other: rows of tensors, flags, small objects.
 
 A replica whose model is sharded runs on several processes in lockstep. Each works on its own part of a micro-batch and
-owns its own part of every sum; the rows of all ranks reach every rank by `gather`. The double of one process is `Alone`.
+owns its own part of every sum; the rows of all ranks reach every rank by `gather`. The double of one process is
+`Alone`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,26 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as functional
 from torch import Tensor
+
+
+def shares(size: int, ranks: int) -> list[slice]:
+    """Cut `size` coordinates into one run a rank, all of ⌈size / ranks⌉ but the last ones, which may be empty."""
+    width = -(-size // ranks)
+    return [slice(min(rank * width, size), min((rank + 1) * width, size)) for rank in range(ranks)]
+
+
+def gather_rows(exchange: Exchange, local: Tensor) -> Tensor:
+    """Rows of all ranks, of equal shape, one rank's after the other's: [ranks · B, ...]."""
+    return exchange.gather(local).flatten(0, 1)
+
+
+def gather_columns(exchange: Exchange, local: Tensor, size: int) -> Tensor:
+    """The last dimension put together from the `shares` of all ranks: [..., size]."""
+    width = -(-size // exchange.size)
+    parts = exchange.gather(functional.pad(local, (0, width - local.shape[-1])))
+    return parts.movedim(0, -2).flatten(-2)[..., :size]
 
 
 class Exchange(Protocol):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,6 +93,10 @@ class LayerSelection:
     def coverage(self) -> float:
         """Share of the model's parameters that is tracked."""
         return self.tracked_parameters / self.total_parameters
+
+    def only(self, names: Collection[str]) -> LayerSelection:
+        """The same selection with some of its tracked layers, for a pass that reduces these alone."""
+        return replace(self, layers=tuple(layer for layer in self.layers if layer.name in names))
 
     def describe(self) -> str:
         """Lines for people: the tracked share, the tracked layers, and what is not tracked, by reason."""
@@ -292,8 +296,8 @@ def _record_calls(model: nn.Module, selection: LayerSelection, input_ids_BT: Ten
 
         return record
 
-    handles = [
-        model.get_submodule(path).register_forward_hook(recorder(layer))
+    handles = [  # before all other hooks: those of a sharded model free the weight
+        model.get_submodule(path).register_forward_hook(recorder(layer), prepend=True)
         for layer in selection.layers
         for path in layer.modules
     ]

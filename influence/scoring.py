@@ -18,6 +18,7 @@ from torch import Tensor
 
 from influence.capture import Use, homogeneous
 from influence.correction import GRADIENT_BYTES
+from influence.exchange import shares
 from influence.layers import TrackedLayer
 
 DENSE_COPIES = 2  # of full matrices: as they are, and as columns for the product with gradients
@@ -33,6 +34,7 @@ class LayerQueries:
         owner_R: index of the query of each column.
         dense_QOI: full matrices; None where only factors are at hand.
         queries: number of queries.
+        outputs: the rows of the full matrices that are here, where a rank holds a share of them; None is all.
     """
 
     queries: int
@@ -40,6 +42,7 @@ class LayerQueries:
     right_IR: Tensor | None = None
     owner_R: Tensor | None = None
     dense_QOI: Tensor | None = None
+    outputs: slice | None = None
 
     @property
     def total_rank(self) -> int:
@@ -73,6 +76,24 @@ class LayerQueries:
             dense_QOI[index] = self.left_OR[:, mine] @ self.right_IR[:, mine].T
         return LayerQueries(len(chosen), dense_QOI=dense_QOI)
 
+    def share(self, rank: int, ranks: int) -> LayerQueries:
+        """A rank's share: of the packed columns, or of the rows of full matrices. Scores are the sum over ranks."""
+        if self.dense_QOI is not None:
+            rows = shares(self.dense_QOI.shape[1], ranks)[rank]
+            return LayerQueries(self.queries, dense_QOI=self.dense_QOI[:, rows].contiguous(), outputs=rows)
+        assert self.left_OR is not None
+        assert self.right_IR is not None
+        assert self.owner_R is not None
+        part = shares(self.total_rank, ranks)[rank]
+        left_Or, right_Ir = self.left_OR[:, part].contiguous(), self.right_IR[:, part].contiguous()
+        return LayerQueries(self.queries, left_Or, right_Ir, self.owner_R[part])
+
+    def of_outputs(self, uses: Sequence[Use]) -> Sequence[Use]:
+        """Uses with the output gradients that belong to the rows of the full matrices that are here."""
+        if self.outputs is None:
+            return uses
+        return [Use(use.act_BTI, use.grad_BTO[..., self.outputs]) for use in uses]
+
     def to(self, product: torch.dtype, sums: torch.dtype, device: torch.device | str | None = None) -> LayerQueries:
         """The same queries for a worker: factors in the type of products, full matrices in the type of sums."""
 
@@ -86,6 +107,7 @@ class LayerQueries:
             moved(self.right_IR, product),
             owner,
             moved(self.dense_QOI, sums),
+            self.outputs,
         )
 
 
@@ -148,7 +170,7 @@ def layer_scores(
         sums: type of the result.
     """
     if queries.dense_QOI is not None:
-        return _dense_scores(layer, uses, queries, product, sums)
+        return _dense_scores(layer, queries.of_outputs(uses), queries, product, sums)
     return _factored_scores(layer, uses, queries, product, sums)
 
 
@@ -205,7 +227,7 @@ def token_scores(
     """
     shape = (*uses[0].act_BTI.shape[:2], queries.queries)
     total = torch.zeros(shape, dtype=sums, device=uses[0].act_BTI.device)
-    for use in uses:
+    for use in queries.of_outputs(uses):
         if queries.dense_QOI is not None:
             act_BTI = homogeneous(use.act_BTI, layer.bias).to(product)
             for query, full_OI in enumerate(queries.dense_QOI):

@@ -50,6 +50,19 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Parameters of one size that modules use for themselves: how often in a forward and in a backward pass.
+
+    A sharded model gathers a module's own parameters before each use. In the backward pass, it uses them to take a
+    gradient to its input, and only where that needs one.
+    """
+
+    numbers: int
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
 class ForwardShape:
     """What a pass over one sequence consists of.
 
@@ -60,6 +73,8 @@ class ForwardShape:
         vocabulary: Logits a position.
         saved_numbers: Activations a position that autograd holds from the forward to the backward pass.
         heads: Attention heads with a backward pass, over all blocks: each has a weight for every pair of positions.
+        weights: Uses of parameters by modules, by the size of the parameter.
+        largest_module: Parameters that the largest module uses at once.
         probed: Whether a forward pass on the meta device was seen; if not, the order of the module tree stands for it.
     """
 
@@ -69,6 +84,8 @@ class ForwardShape:
     vocabulary: int = 0
     saved_numbers: int = 0
     heads: int = 0
+    weights: tuple[Weights, ...] = ()
+    largest_module: int = 0
     probed: bool = True
 
 
@@ -101,6 +118,8 @@ def forward_shape(model: nn.Module, selection: LayerSelection) -> ForwardShape:
         logits.shape[-1],
         probe.saved_numbers(),
         probe.heads(),
+        probe.weights(),
+        _largest_module(model),
     )
 
 
@@ -113,13 +132,15 @@ class _Probe:
         self._sizes: dict[str, tuple[int, int]] = {}
         self._saved: dict[int, int] = {}
         self._weights: dict[int, int] = {}
+        self._uses: dict[int, list[int]] = {}
         self.order: list[str] = []
         self.forward: dict[str, int] = {}
         self.needs_gradient: dict[str, int] = {}
 
     def run(self) -> Tensor:
         """One forward pass; gives the logits."""
-        handles = [linear.module.register_forward_hook(self._note(linear.path)) for linear in self._linears]
+        handles = [module.register_forward_hook(self._use) for module in _owners(self._model)]
+        handles += [linear.module.register_forward_hook(self._note(linear.path)) for linear in self._linears]
         device = next(self._model.parameters()).device
         input_ids_BT = torch.zeros(_BATCH, _TOKENS, dtype=torch.long, device=device)
         try:
@@ -142,9 +163,21 @@ class _Probe:
         numbers = sum(count for storage, count in self._saved.items() if storage not in parameters)
         return numbers // (_BATCH * _TOKENS)
 
+    def weights(self) -> tuple[Weights, ...]:
+        """Uses of parameters, by their size."""
+        return tuple(Weights(size, *uses) for size, uses in sorted(self._uses.items()))
+
     def heads(self) -> int:
         """Heads, by the T × T weights that autograd saved."""
         return sum(self._weights.values()) // (_BATCH * _TOKENS**2)
+
+    def _use(self, module: nn.Module, _inputs: object, output: object) -> None:
+        """Note a module's own parameters. Seen before a tracked layer's output is made to need a gradient."""
+        needed = torch.is_tensor(output) and output.requires_grad
+        for parameter in module.parameters(recurse=False):
+            uses = self._uses.setdefault(parameter.numel(), [0, 0])
+            uses[0] += 1
+            uses[1] += needed
 
     def _note(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -169,6 +202,16 @@ class _Probe:
         elif not square:
             self._saved[storage._cdata] = storage.nbytes() // tensor.itemsize
         return tensor
+
+
+def _owners(model: nn.Module) -> list[nn.Module]:
+    """Modules with parameters of their own."""
+    return [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+
+
+def _largest_module(model: nn.Module) -> int:
+    own = [sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in _owners(model)]
+    return max(own, default=0)
 
 
 def _attentions(
@@ -200,12 +243,21 @@ def _from_tree(model: nn.Module, linears: list[LinearModule], selection: LayerSe
         inputs = _inputs(linear.module)
         calls.append(LinearCalls(linear.path, inputs, weight.numel() // inputs, 1, int(index > first)))
     backward = {call.name: call.backward for call in calls}
+    modules = {id(linear.module): backward[linear.path] for linear in plain}
+    uses: dict[int, list[int]] = {}
+    for module in _owners(model):
+        for parameter in module.parameters(recurse=False):
+            count = uses.setdefault(parameter.numel(), [0, 0])
+            count[0] += 1
+            count[1] += modules.get(id(module), 1)
     return ForwardShape(
         tuple(calls),
         tuple(_attentions([call.name for call in calls], {linear.path: linear for linear in plain}, backward)),
         {layer.name: len(layer.modules) for layer in selection.layers},
         calls[-1].outputs,
         2 * sum(call.inputs + call.outputs for call in calls[:-1]),
+        weights=tuple(Weights(size, *count) for size, count in sorted(uses.items())),
+        largest_module=_largest_module(model),
         probed=False,
     )
 

@@ -114,20 +114,15 @@ def test_the_same_shape_is_read_on_the_meta_device(monkeypatch: pytest.MonkeyPat
 def test_covariance(worker: Worker, blocks: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(influence.covariance, "TILE", 4)
     shape = shape_of(worker)
-    extra = sum(
-        cost.covariance_flops(layer, TOKENS, calls, blocks, tile=4) for layer, calls in layers_of(worker, shape)
-    )
+    extra = sum(cost.covariance_flops(layer, TOKENS, calls, blocks) for layer, calls in layers_of(worker, shape))
     found = counted(lambda: fit_covariance(worker, [batch()], [TrueLabels()], blocks))
     assert found == SEQUENCES * (cost.floor_flops(shape, TOKENS) + extra)
     sums = fit_covariance(worker, [batch()], [TrueLabels()], blocks)
-    blocks_held = [b for side in (sums.activation, sums.gradient) for moment in side.values() for b in moment.blocks]
-    assert sum(block.numel() for block in blocks_held) == cost.covariance_numbers(worker.selection.layers, blocks)
-
-
-def test_upper_tiles_save_nearly_half():
-    assert cost.upper_tiles(300, tile=256) == 256 * 300 + 44 * 44
-    assert cost.upper_tiles(4096, tile=256) / cost.block_squares(4096) == pytest.approx(0.53125)
-    assert cost.upper_tiles(4096, blocks=4, tile=256) / cost.block_squares(4096) == pytest.approx(0.25 * 0.625)
+    moments = [moment for side in (sums.activation, sums.gradient) for moment in side.values()]
+    held = sum(strip.numel() for moment in moments for strip in moment.strips.values())
+    assert held == cost.strip_numbers(worker.selection.layers, blocks)
+    written = sum(mean.numel() for moment in moments for mean in moment.mean())
+    assert written == cost.covariance_numbers(worker.selection.layers, blocks)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
