@@ -4,8 +4,10 @@
     <folder>/checksums/<name>.json    its SHA-256 and size, written before the file is moved into place
     <folder>/.../.tmp-<uuid>          a file that is being written
 
-Whatever dies leaves either a whole file that can be verified or none. Where a file is replaced, its checksum names
-both versions until the move is done, so the older one stays readable if the move never happens.
+Whatever dies leaves either a whole file that can be verified or none. Until the move is done, a checksum names the new
+version and all that were announced before it, so that an older one stays readable if the move never happens, and so does
+that of another writer, a process that was given up for dead, say. On S3, where an object appears when it is complete,
+files are written in their place at once.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 from safetensors import SafetensorError
 
-from actors.errors import ChecksumError, WriteFailed
-from actors.filesystem import file_digest, is_local, locate, read_stream
+from actors.errors import ChecksumError, Unreachable, WriteFailed
+from actors.filesystem import child, file_digest, is_local, locate, persistent, read_stream, shown
 
 CHECKSUMS = "checksums"
 ASIDE = ".tmp-"
+ALTERED = "its content is not what was written (the SHA-256 differs)"
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class CheckedFolder:
 
     @property
     def uri(self) -> str:
-        """The folder, as a user would type it."""
-        return f"{self.root}/{self.name}"
+        """The folder, for people to read: without credentials and options of the root's URI."""
+        return shown(child(self.root, self.name))
 
     @property
     def filesystem(self) -> FileSystem:
@@ -91,6 +94,11 @@ class CheckedFolder:
         own = (name for name in self._everything() if not name.startswith(f"{CHECKSUMS}/"))
         return sorted(name for name in own if not name.rpartition("/")[2].startswith(ASIDE))
 
+    def with_checksum(self) -> set[str]:
+        """Names of the files that have a checksum beside them."""
+        found = (name for name in self._everything() if name.startswith(f"{CHECKSUMS}/"))
+        return {name.removeprefix(f"{CHECKSUMS}/").removesuffix(".json") for name in found}
+
     def _everything(self) -> Iterator[str]:
         found = self.filesystem.get_file_info(FileSelector(self.path, recursive=True, allow_not_found=True))
         base = self.path.lstrip("/") + "/"  # some file systems answer with a leading slash, some without
@@ -112,6 +120,11 @@ class CheckedFolder:
 
     # Writing
 
+    @property
+    def appears_whole(self) -> bool:
+        """Whether files of this file system appear when they are complete, so that none is written aside."""
+        return persistent(self.filesystem) is not None
+
     @contextmanager
     def aside(self, name: str) -> Iterator[str]:
         """Yield a temporary path beside a file's place, which is moved there if the block ends well.
@@ -121,29 +134,47 @@ class CheckedFolder:
         """
         path = self.path_of(name)
         aside = f"{path.rpartition('/')[0]}/{ASIDE}{uuid.uuid4().hex}"
-        try:
-            self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-            yield aside
-            _flush(self.filesystem, aside)
-            self.filesystem.move(aside, path)
-        except (OSError, SafetensorError) as error:
-            self._discard(aside)
-            raise _write_failed(f"{self.uri}/{name}", error) from error
-        except BaseException:
-            self._discard(aside)
-            raise
+        with self._explained(name):
+            try:
+                self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+                yield aside
+                _flush(self.filesystem, aside)
+                self.filesystem.move(aside, path)
+            except BaseException:
+                with suppress(OSError):
+                    self.filesystem.delete_file(aside)
+                raise
 
-    def _discard(self, path: str) -> None:
-        with suppress(OSError):
-            self.filesystem.delete_file(path)
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise _write_failed(f"{self.uri}/{name}", error) from error
 
     def write_unchecked(self, name: str, data: bytes) -> None:
         """Write a file that has no checksum beside it."""
+        if self.appears_whole:
+            with self._explained(name):
+                write_stream(self.filesystem, self.path_of(name), data)
+            return
         with self.aside(name) as aside:
             write_stream(self.filesystem, aside, data)
 
-    def write(self, name: str, writer: Callable[[str], Checksum]) -> None:
-        """Write a file with its checksum.
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write a file with its checksum."""
+        if not self.appears_whole:
+            self.write_by(name, lambda aside: write_stream(self.filesystem, aside, data))
+            return
+        path, checksum = self.path_of(name), Checksum.of(data)
+        with self._explained(name):
+            replaced = self._replaced(name, checksum)
+            write_stream(self.filesystem, path, data)
+        if replaced:
+            self._write_checksums(name, [checksum])
+
+    def write_by(self, name: str, writer: Callable[[str], Checksum]) -> None:
+        """Write a file with its checksum where a function has to write it.
 
         Args:
             name: The file's name.
@@ -151,10 +182,15 @@ class CheckedFolder:
         """
         with self.aside(name) as aside:
             checksum = writer(aside)
-            replaced = self.checksums(name) if self.exists(name) else []
-            self._write_checksums(name, [checksum, *replaced])
+            replaced = self._replaced(name, checksum)
         if replaced:
             self._write_checksums(name, [checksum])
+
+    def _replaced(self, name: str, checksum: Checksum) -> list[Checksum]:
+        """Announce a file's new version; returns the others that were announced, one of which may be in place."""
+        replaced = [each for each in self.checksums(name) if each != checksum]
+        self._write_checksums(name, [checksum, *replaced])
+        return replaced
 
     def _write_checksums(self, name: str, accepted: Sequence[Checksum]) -> None:
         value = {**asdict(accepted[0]), "replaces": [asdict(each) for each in accepted[1:]]}
@@ -163,7 +199,7 @@ class CheckedFolder:
     # Checking
 
     def checksums(self, name: str) -> list[Checksum]:
-        """Checksums of the versions of a file that are right: one, two while it is replaced, none if never written."""
+        """Checksums of the versions of a file that are right: one, more while it is replaced, none if never written."""
         if not self.exists(_sidecar(name)):
             return []
         try:
@@ -185,24 +221,35 @@ class CheckedFolder:
             fresh: Hash it even if this process did already.
         """
         info = self.info(name)
-        if info.type is not FileType.File:
-            return "the file is missing"
-        if not accepted:
-            return "no checksum was recorded for it"
-        right_size = {each.sha256 for each in accepted if each.bytes == info.size}
-        if not right_size:
-            return f"it has {info.size:,} bytes where {accepted[0].bytes:,} were written"
+        if fault := _misfit(info, accepted):
+            return fault
         digest = _digest.__wrapped__ if fresh or info.mtime_ns is None else _digest
-        if digest(self.root, info.path, info.size, info.mtime_ns) not in right_size:
-            return "its content is not what was written (the SHA-256 differs)"
-        return None
+        found = digest(self.root, info.path, info.size, info.mtime_ns)
+        return None if found in {each.sha256 for each in accepted if each.bytes == info.size} else ALTERED
+
+    def misfit(self, name: str, accepted: Sequence[Checksum]) -> str | None:
+        """What is wrong with a file, in words, as far as it shows without reading it."""
+        return _misfit(self.info(name), accepted)
 
 
 def write_stream(filesystem: FileSystem, path: str, data: bytes | pa.Buffer) -> Checksum:
     """Write bytes to a path and return their checksum."""
-    with filesystem.open_output_stream(path) as stream:
+    if handler := persistent(filesystem):
+        handler.put(path, data)
+        return Checksum.of(data)
+    with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(data)
     return Checksum.of(data)
+
+
+def _misfit(info: FileInfo, accepted: Sequence[Checksum]) -> str | None:
+    if info.type is not FileType.File:
+        return "the file is missing"
+    if not accepted:
+        return "no checksum was recorded for it"
+    if all(each.bytes != info.size for each in accepted):
+        return f"it has {info.size:,} bytes where {accepted[0].bytes:,} were written"
+    return None
 
 
 def _sidecar(name: str) -> str:
@@ -226,6 +273,8 @@ def _flush(filesystem: FileSystem, path: str) -> None:
 
 
 def _write_failed(file: str, error: Exception) -> WriteFailed:
+    if isinstance(error, Unreachable):
+        return WriteFailed(f"{error.message}; nothing of it was committed", file=file, remedy=error.remedy)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
     return WriteFailed(
         f"{'the disk is full' if full else 'the file cannot be written'} ({error}); nothing of it was committed",

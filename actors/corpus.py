@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from actors.errors import BadRecord, ConfigError, WhenceError
-from actors.filesystem import absolute, file_digest, locate
+from actors.digests import remembered_digests
+from actors.errors import BadRecord, ConfigError, Unreachable, WhenceError
+from actors.filesystem import absolute, locate, shown
 from conf.schema import BadRecord as OnBadRecord
 from conf.schema import CorpusConfig, CorpusFormat
 
@@ -121,11 +122,11 @@ def list_files(config: CorpusConfig) -> list[CorpusFile]:
         found = _in_datasets_folder(filesystem, base) if pattern is None else None
         found = found if found is not None else _in_folder(filesystem, base, pattern, config)
     else:
-        raise ConfigError(f"corpus.path={config.path!r} does not exist", remedy="give a file, a folder or a glob")
+        raise ConfigError(f"corpus.path={shown(config.path)!r} does not exist", remedy="give a file, a folder or a glob")
     if not found:
         known = ", ".join(extension for extensions in _EXTENSIONS.values() for extension in extensions)
         raise ConfigError(
-            f"corpus.path={config.path!r} holds no file with a known extension ({known}, lines also compressed)",
+            f"corpus.path={shown(config.path)!r} holds no file with a known extension ({known}, lines also compressed)",
             remedy="correct the path, or name the format with corpus.format",
         )
     return found
@@ -134,13 +135,13 @@ def list_files(config: CorpusConfig) -> list[CorpusFile]:
 def corpus_digest(config: CorpusConfig) -> str:
     """Identify a corpus by its content: SHA-256 over the name, size and SHA-256 of each file, in order.
 
-    Where the corpus lies is no part of it. Cost: every byte is read once, by a few threads, nothing is held.
+    Where the corpus lies is no part of it. Cost: every byte is read once, by a few threads, nothing is held. From then
+    on a file is believed to be the same while its size, times and inode are, or on S3 its ETag (`actors.digests`).
     """
     filesystem, _, _ = _locate(config.path)
     files = list_files(config)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(lambda file: file_digest(filesystem, file.path), files)
-        lines = [json.dumps([file.name, file.size, digest]) for file, digest in zip(files, hashes, strict=True)]
+    hashes = remembered_digests(filesystem, [file.path for file in files], absolute(config.path))
+    lines = [json.dumps([file.name, file.size, digest]) for file, digest in zip(files, hashes, strict=True)]
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -206,6 +207,8 @@ def _row_group_ranges(filesystem: fs.FileSystem, file: CorpusFile, part_bytes: i
             metadata = pq.ParquetFile(stream).metadata
     except pa.ArrowInvalid as error:
         raise BadRecord(f"the file cannot be read as Parquet: {error}", file=file.name) from error
+    except Unreachable:
+        raise
     except OSError as error:  # perhaps the disk or the network: never skipped, as that could lose good records
         raise WhenceError(f"the file cannot be read: {error}", file=file.name) from error
     if metadata.num_rows == 0:
@@ -294,5 +297,5 @@ def _format(name: str, wanted: CorpusFormat, path: str) -> CorpusFormat:
     found = wanted if wanted is not CorpusFormat.auto else _by_extension(name)
     if found is None:
         allowed = ", ".join(kind.name for kind in _EXTENSIONS)
-        raise ConfigError(f"the format of corpus.path={path!r} is not known", remedy=f"set corpus.format to {allowed}")
+        raise ConfigError(f"the format of corpus.path={shown(path)!r} is not known", remedy=f"set corpus.format to {allowed}")
     return found

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.corpus import Part, filesystem
-from actors.errors import BadRecord
+from actors.errors import BadRecord, Unreachable
 from conf.schema import BadRecord as OnBadRecord
 from conf.schema import CorpusConfig, CorpusFormat
 
@@ -127,6 +127,8 @@ def _lines(part: Part) -> Iterator[bytes]:
         try:
             with source.open_input_stream(part.file.path, compression="detect") as stream:
                 yield from _buffered(stream)
+        except Unreachable:
+            raise
         except OSError as error:
             raise BadRecord(f"the file cannot be decompressed: {error}", file=part.file.name) from error
         return
@@ -217,6 +219,8 @@ def _from_columns(part: Part, config: CorpusConfig, log: PartLog) -> Iterator[Do
                 log.rows = row = row + len(batch)
     except pa.ArrowInvalid as error:
         log.reject_rest("unreadable file", f": {error}")
+    except Unreachable:
+        raise
     except OSError as error:  # damage or a failing disk or network: never skipped, as that could lose good records
         raise BadRecord(f"the file cannot be read: {error}", file=part.file.name) from error
     except _WrongColumnsError as error:

@@ -69,6 +69,10 @@ class WriteFailed(WhenceError):
     """A file of the store could not be written, for want of space or otherwise; nothing of it was committed."""
 
 
+class Unreachable(WhenceError, OSError):
+    """An object store that does not answer, or refuses. Files there may be as they should."""
+
+
 class ClaimLost(WhenceError):
     """Another process took over the artifact that this one was computing."""
 

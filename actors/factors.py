@@ -1,12 +1,14 @@
 """How sums, bases, gradients and queries lie in artifacts: names of files, names of tensors, and their way back.
 
 A layer's file is `layers/<name>.safetensors`; a factor of an input that several layers share is stored under the
-first. Partial sums lie in `parts/group-0000/bundle-00.safetensors`, layers bundled in order, and count once `done.json`
-is there.
+first. Partial sums lie in `parts/<pass>/group-0000/rank-000/bundle-00.safetensors`, layers bundled in order, and count
+once the group's `done.json` is there. Their tensors are named by what they are part of, so that replicas with different
+numbers of ranks add to the same sums.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from actors.store import Artifact
 from influence.compression import ScoreWeights
-from influence.correction import LayerBasis
-from influence.covariance import CovarianceSums
+from influence.correction import CorrectionSums, LayerBasis, owned_part
+from influence.covariance import CovarianceSums, SecondMoment, all_strips
 from influence.eigenbasis import BlockBasis
 from influence.layers import LayerSelection, TrackedLayer, Untracked
 from influence.scoring import LayerQueries
@@ -32,9 +34,15 @@ def layer_file(name: str) -> str:
     return f"layers/{name}.safetensors"
 
 
-def part_folder(group: int) -> str:
-    """The folder of one group's partial sums."""
-    return f"parts/group-{group:04d}"
+def part_folder(layers: Sequence[str], group: int) -> str:
+    """The folder of one group's partial sums in the pass over these layers."""
+    digest = hashlib.sha256("\n".join(layers).encode()).hexdigest()
+    return f"parts/{digest[:12]}/group-{group:04d}"
+
+
+def part_file(folder: str, rank: int, bundle: int) -> str:
+    """The file of one rank's share of a bundle of layers."""
+    return f"{folder}/rank-{rank:03d}/bundle-{bundle:02d}.safetensors"
 
 
 def save_selection(artifact: Artifact, selection: LayerSelection) -> None:
@@ -75,7 +83,7 @@ def correction_bundles(layers: Sequence[TrackedLayer]) -> list[tuple[TrackedLaye
 def covariance_tensors(
     sums: CovarianceSums, layers: Sequence[TrackedLayer]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The sums of some layers as named tensors, and the rows behind each factor."""
+    """The strips of some layers' sums as named tensors, and the rows behind each factor."""
     tensors, rows = {}, {}
     for layer in layers:
         moments = {f"gradient/{layer.name}": sums.gradient[layer.name]}
@@ -83,8 +91,25 @@ def covariance_tensors(
             moments[f"activation/{layer.name}"] = sums.activation[layer.name]
         for key, moment in moments.items():
             rows[key] = moment.rows
-            tensors |= {f"{key}/{index}": block for index, block in enumerate(moment.blocks)}
+            tensors |= {f"{key}/{strip.name}": value for strip, value in moment.strips.items()}
     return tensors, rows
+
+
+def covariance_moment(tensors: Mapping[str, Tensor], key: str, size: int, blocks: int, rows: int) -> SecondMoment:
+    """A factor's sum from its strips."""
+    strips = {strip: tensors[f"{key}/{strip.name}"] for strip in all_strips(size, blocks)}
+    return SecondMoment(size, blocks, strips, rows)
+
+
+def correction_tensors(
+    sums: CorrectionSums, layers: Sequence[TrackedLayer], rank: int, ranks: int
+) -> dict[str, Tensor]:
+    """A rank's part of some layers' Λ, named by the row and the column where it starts."""
+    found = {}
+    for layer in layers:
+        rows, columns = owned_part(layer, rank, ranks)
+        found[f"{layer.name}/{rows.start}.{columns.start}"] = sums.sums[layer.name]
+    return found
 
 
 def numbered(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, ...]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -21,50 +21,44 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from actors.errors import ConfigError
-from conf.schema import ModelConfig
+from actors.sharding import check_sharding, created_in_slices, gather_in_passes, is_communication, zero_settings
+from conf.schema import ModelConfig, Offload
+from influence.exchange import Alone, Exchange
 
 _CONTENT = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json", "*.py")  # decide the output
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _EXAMPLES = 3  # missing weights that a message names
 
-
-@dataclass(frozen=True)
-class ShardSpec:
-    """Which slice of a replica's model this process holds."""
-
-    rank: int = 0
-    world_size: int = 1
+T = TypeVar("T")
 
 
-def load_model(config: ModelConfig, device: torch.device | str = "cpu", shard: ShardSpec | None = None) -> nn.Module:
+def load_model(config: ModelConfig, device: torch.device | str = "cpu", exchange: Exchange | None = None) -> nn.Module:
     """Load a causal language model, frozen and in evaluation mode, without a cache of keys and values.
 
     Args:
-        config: Where it is, its type of numbers, and how its attention is computed.
-        device: Where its weights go.
-        shard: The slice that this rank of a replica holds; None is all of it.
+        config: Where it is, its type of numbers, how its attention is computed, and where its weights lie.
+        device: Where its weights are used.
+        exchange: The other ranks of a replica, which hold it together (`actors.sharding`) and all make this call; None
+            if this process holds all of it.
 
     Raises:
-        ConfigError: If there is no model, it needs code that is not trusted, it is not a causal language model,
-            weights are missing, or the replica has several ranks (which this version cannot load).
+        ConfigError: If there is no model, it needs code that is not trusted, it is not a causal language model, or
+            weights are missing. On all ranks, whichever of them found it.
     """
-    if shard is not None and shard.world_size > 1:
-        raise ConfigError(
-            f"cluster.world_size={shard.world_size}: a model cannot be sharded over ranks yet",
-            remedy="set cluster.world_size=1 and use cluster.replicas for parallelism",
-        )
+    exchange, device = exchange or Alone(), torch.device(device)
     model_config = load_model_config(config)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            _location(config.path), config=model_config, output_loading_info=True, **_options(config)
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _refusal(config, error) from error
-    model, loading = loaded
-    _check_weights(config, loading)
-    model = model.to(device).eval().requires_grad_(False)
+
+    def load() -> Any:
+        return _read_weights(config, model_config)
+
+    if exchange.size == 1 and config.offload is Offload.none:
+        model = load().to(device)
+    else:
+        model = _load_sharded(config, device, exchange, load)
     model.config.use_cache = False
-    _check_causal(config, model, vocabulary_size(model_config))
+    causal = _is_causal(model, device, vocabulary_size(model_config))
+    if not all(exchange.agree(causal)):
+        raise _not_causal(config, "the output at a position depends on later tokens")
     return model
 
 
@@ -171,6 +165,50 @@ def _options(config: ModelConfig) -> dict[str, Any]:
     return options if config.attention is None else options | {"attn_implementation": config.attention}
 
 
+def _read_weights(config: ModelConfig, model_config: PretrainedConfig) -> Any:
+    """The model, frozen, with the weights of its checkpoint.
+
+    Raises:
+        ConfigError: If there is none, or it is not complete.
+    """
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            _location(config.path), config=model_config, output_loading_info=True, **_options(config)
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if is_communication(error):
+            raise
+        raise _refusal(config, error) from error
+    model, loading = found
+    _check_weights(config, loading)
+    return model.eval().requires_grad_(False)
+
+
+def _load_sharded(config: ModelConfig, device: torch.device, exchange: Exchange, load: Callable[[], Any]) -> Any:
+    """The model over all ranks; what any of them refuses, all of them refuse."""
+    gpu = device.type == "cuda"
+    _by_all(exchange, lambda: check_sharding(config, gpu))
+    largest = max(parameter.numel() for parameter in load_skeleton(config).parameters())
+    settings = zero_settings(config, exchange.size, gpu, largest)
+    with created_in_slices(settings, gpu):
+        model = _by_all(exchange, load)
+    gather_in_passes(model, settings, device)
+    return model
+
+
+def _by_all(exchange: Exchange, action: Callable[[], T]) -> T:
+    """What the action returns, or on every rank the first ConfigError that any of them raised."""
+    result, problem = None, None
+    try:
+        result = action()
+    except ConfigError as error:
+        problem = error
+    problems = [found for found in exchange.agree(problem) if found is not None]
+    if problems:
+        raise problem or problems[0]
+    return cast(T, result)
+
+
 def _check_weights(config: ModelConfig, loading: dict[str, Any]) -> None:
     """Refuse a checkpoint whose missing weights were made up at random."""
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
@@ -182,16 +220,14 @@ def _check_weights(config: ModelConfig, loading: dict[str, Any]) -> None:
         )
 
 
-def _check_causal(config: ModelConfig, model: nn.Module, vocabulary: int) -> None:
-    """Refuse a model in which a position's output depends on later tokens (a masked language model, say)."""
-    device = next(model.parameters()).device
+def _is_causal(model: nn.Module, device: torch.device, vocabulary: int) -> bool:
+    """Whether no position's output depends on later tokens (a masked language model's does)."""
     first = torch.tensor([[1, 2, 3, 4]], device=device) % vocabulary
     second = torch.tensor([[1, 2, 3, 5]], device=device) % vocabulary
     with torch.no_grad():
         change_TV = (model(input_ids=first).logits - model(input_ids=second).logits)[0].abs()
     rounding = 1e-2 if change_TV.dtype.itemsize < 4 else 1e-4
-    if bool(change_TV[:-1].max() > rounding * change_TV[-1].max()):
-        raise _not_causal(config, "the output at a position depends on later tokens")
+    return not bool(change_TV[:-1].max() > rounding * change_TV[-1].max())
 
 
 def _refusal(config: ModelConfig, error: Exception) -> ConfigError:
@@ -223,7 +259,9 @@ def _not_causal(config: ModelConfig, reason: str) -> ConfigError:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    """The first line, and the one that it announces."""
+    first, *others = str(error).strip().splitlines() or [""]
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def _commit(name: str, revision: str | None) -> str | None:

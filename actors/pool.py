@@ -1,29 +1,35 @@
-"""The pool of replicas: Ray actors that are dealt tasks, and its double that runs them in this process."""
+"""The pool of replicas: gangs of Ray actors that are dealt tasks, and its double that runs them in this process.
+
+One thread, the driver's, does it all: every call of the pool looks at what has happened meanwhile. Which task goes
+where, and how many replicas there should be, is decided in `actors.dealing`; what the answers of a gang mean, in
+`actors.verdict`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
-from transformers.utils.logging import disable_progress_bar
 
-from actors.dealing import ATTEMPTS, Dealer
+from actors.dealing import ATTEMPTS, SLOW_SECONDS, Census, Dealer, breathe
 from actors.errors import WhenceError
+from actors.gang import Assignment, Gang, State
+from actors.rank import RANK
 from actors.replica import Replica
 from actors.tasks import Done, ReplicaSpec
+from actors.verdict import CalledOff, Finished, Lost, Raised, TooLarge, Verdict
 from influence.layers import LayerSelection
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 PATIENCE_SECONDS = 30.0  # without any replica before the user is told what is waited for
-
-DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)  # Ray's monitor of memory kills with the second
 
 OnDone = Callable[[Any, Done], None]
 OnTick = Callable[[int], None]
@@ -32,9 +38,8 @@ OnTick = Callable[[int], None]
 class Pool(Protocol):
     """Replicas that work on tasks."""
 
-    @property
-    def cpus(self) -> int:
-        """CPUs of the cluster that the replicas hold now."""
+    def held(self) -> Mapping[str, int]:
+        """CPUs that the replicas hold now, by the id of the node."""
         ...
 
     def describe(self) -> LayerSelection:
@@ -56,18 +61,24 @@ class Pool(Protocol):
         """
         ...
 
+    def breathe(self) -> None:
+        """Let replicas go that have had nothing to do for long; called while the driver waits for something else."""
+        ...
+
     def close(self) -> None:
-        """Let the replicas go."""
+        """Let all replicas go; a pool that is used again asks for new ones."""
         ...
 
 
 class LocalPool:
     """One replica in this process, without Ray; the double of `RayPool`."""
 
-    cpus = 0  # it runs where the driver runs
-
     def __init__(self, spec: ReplicaSpec) -> None:
         self._replica = Replica(spec)
+
+    def held(self) -> Mapping[str, int]:
+        """It runs where the driver runs."""
+        return {}
 
     def describe(self) -> LayerSelection:
         """Which layers the model tracks."""
@@ -79,168 +90,298 @@ class LocalPool:
             done(task, getattr(self._replica, method)(task))
             tick(0)
 
+    def breathe(self) -> None:
+        """Nobody to let go."""
+
     def close(self) -> None:
         """Nothing to let go."""
 
 
-class ReplicaActor:
-    """A replica in a Ray actor. The model is loaded by a call, so that its errors reach the driver as they are."""
-
-    def __init__(self) -> None:
-        self._replica: Replica | None = None
-
-    def load(self, spec: ReplicaSpec) -> LayerSelection:
-        """Load the model; its bars of progress would garble the driver's log."""
-        disable_progress_bar()
-        self._replica = Replica(spec)
-        return self._replica.describe()
-
-    def do(self, method: str, task: Any) -> Done:
-        """Run one task."""
-        assert self._replica is not None
-        self._replica.finished = 0
-        return getattr(self._replica, method)(task)
-
-    @ray.method(concurrency_group="watch")
-    def progress(self) -> int:
-        """Sequences that the running task has finished."""
-        return self._replica.progress() if self._replica else 0
-
-
-_REMOTE = cast(Any, ray.remote)(concurrency_groups={"watch": 1})(ReplicaActor)
-
-
 @dataclass
-class _Member:
-    """A replica of the pool: its actor and the task it is on; None while it is idle or loading."""
+class _Run:
+    """One call of `RayPool.run`."""
 
-    actor: Any
-    loaded: bool = False
-    task: int | None = None
+    number: int
+    method: str
+    tasks: Sequence[Any]
+    done: OnDone
+    dealer: Dealer
 
 
 class RayPool:
-    """Replicas as Ray actors. One that dies is replaced, and the task it was on is dealt again."""
+    """Replicas as gangs of Ray actors, between `cluster.min_replicas` and `cluster.max_replicas` of them.
 
-    def __init__(self, spec: ReplicaSpec) -> None:
-        """Ask Ray for the replicas; they load while the caller goes on."""
-        self._spec = spec
-        self._refs: dict[Any, _Member] = {}
-        self._members: list[_Member] = []
+    A gang that dies is replaced if there is work for it, and the task it was on is dealt again.
+    """
+
+    def __init__(self, spec: ReplicaSpec, rank_class: Any = RANK, patience: float = SLOW_SECONDS) -> None:
+        """Ask the cluster for the least number of replicas; they load while the caller goes on.
+
+        Args:
+            spec: what a replica is made of.
+            rank_class: the remote class of a rank, or its double.
+            patience: seconds that a task runs before another replica may be given a copy of it.
+        """
+        self._spec, self._rank_class, self._patience = spec, rank_class, patience
+        self._gangs: list[Gang] = []
         self._selection: LayerSelection | None = None
-        self._deaths = 0  # of replicas that were still loading
-        for _ in range(spec.cluster.max_replicas):
-            self._start_member()
+        self._deaths = 0  # of replicas that were still loading, in a row
+        self._tickets, self._runs = itertools.count(1), itertools.count(1)
+        self._felt = self._told = time.monotonic()
+        self._breathe(0)
 
-    @property
-    def cpus(self) -> int:
-        """CPUs that replicas hold now; those that wait for theirs hold none."""
-        return self._spec.cluster.cpus_per_rank * sum(member.loaded for member in self._members)
+    def held(self) -> Mapping[str, int]:
+        """CPUs that replicas hold now, by node; those that wait for theirs hold none."""
+        held: dict[str, int] = {}
+        for gang in self._gangs:
+            for node, ranks in gang.nodes.items():
+                held[node] = held.get(node, 0) + ranks * self._spec.cluster.cpus_per_rank
+        return held
 
     def describe(self) -> LayerSelection:
         """Which layers the replicas' model tracks; waits for the first replica."""
         while self._selection is None:
-            self._step(None, [], "", lambda task, done: None)
+            self._breathe(1)
+            self._step(None)
         return self._selection
 
     def run(self, method: str, tasks: Sequence[Any], done: OnDone, tick: OnTick) -> None:
         """Deal the tasks to whichever replica is idle."""
-        dealer, asked = Dealer([str(task) for task in tasks]), time.monotonic()
-        while dealer.unfinished:
-            self._deal(dealer, method, tasks)
-            self._step(dealer, tasks, method, done)
-            if time.monotonic() - asked >= TICK_SECONDS:
-                tick(self._progress())
-                asked = time.monotonic()
+        dealer = Dealer([str(task) for task in tasks], patience=self._patience)
+        run, told = _Run(next(self._runs), method, tasks, done, dealer), time.monotonic()
+        try:
+            while dealer.unfinished:
+                self._breathe(dealer.unfinished)
+                self._deal(run)
+                self._step(run)
+                if time.monotonic() - told >= TICK_SECONDS:
+                    tick(self._progress(run))
+                    told = time.monotonic()
+        except BaseException:
+            self._call_off(run)
+            raise
+        self._settle()
+        self._breathe(0, ask=False)
+
+    def breathe(self) -> None:
+        """Let replicas go that were idle for `cluster.idle_seconds`, and take back what is not placed yet."""
+        self._step(None, wait=False)
+        self._breathe(0, ask=False)
 
     def close(self) -> None:
-        """Kill the actors."""
-        for member in self._members:
-            ray.kill(member.actor)
-        self._members, self._refs = [], {}
+        """Kill all ranks and give their room back."""
+        while self._gangs:
+            self._gangs.pop().kill()
 
-    def _start_member(self) -> None:
-        cluster = self._spec.cluster
-        actor = _REMOTE.options(num_cpus=cluster.cpus_per_rank, num_gpus=cluster.gpus_per_rank).remote()
-        member = _Member(actor)
-        self._members.append(member)
-        self._refs[actor.load.remote(self._spec)] = member
+    # --- size -------------------------------------------------------------------------------------------------------
 
-    def _deal(self, dealer: Dealer, method: str, tasks: Sequence[Any]) -> None:
-        for member in self._members:
-            if member.loaded and member.task is None:
-                member.task = dealer.deal()
-                if member.task is None:
-                    return
-                self._refs[member.actor.do.remote(method, tasks[member.task])] = member
+    def _breathe(self, unfinished: int, ask: bool = True) -> None:
+        cluster, now = self._spec.cluster, time.monotonic()
+        pending = [gang for gang in self._gangs if gang.state is State.pending]
+        rested = [gang for gang in self._gangs if gang.state is State.idle and now - gang.since >= cluster.idle_seconds]
+        census = Census(len(pending), len(self._gangs) - len(pending), len(rested))
+        breath = breathe(unfinished, census, cluster.min_replicas, cluster.max_replicas)
+        for gang in pending[len(pending) - breath.withdraw :] + rested[: breath.leave]:
+            self._discard(gang)
+        if breath.leave:
+            log.info("%d idle replicas leave; %d stay", breath.leave, census.held - breath.leave)
+        tired = self._deaths >= ATTEMPTS and census.held > 0  # those that work go on without more
+        for _ in range(breath.ask if ask and not tired else 0):
+            self._gangs.append(Gang(self._spec, self._rank_class, now))
 
-    def _step(self, dealer: Dealer | None, tasks: Sequence[Any], method: str, done: OnDone) -> None:
-        """Wait for one event, at most a tick: a replica that has loaded, a task that is done, or a death."""
-        ready = self._wait()
-        for ref in ready:
-            member = self._refs.pop(ref)
-            try:
-                result: Any = ray.get(ref)
-            except RayTaskError as error:
-                raise raised(error) from error
-            except DEATHS as error:
-                self._replace(member, dealer, str(error))
+    def _discard(self, gang: Gang) -> None:
+        self._gangs.remove(gang)
+        gang.kill()  # one that is only out of reach must not go on beside its successor
+
+    # --- dealing ----------------------------------------------------------------------------------------------------
+
+    def _deal(self, run: _Run) -> None:
+        for gang in self._gangs:
+            if gang.state is not State.idle:
                 continue
-            if not member.loaded:
-                member.loaded, self._selection, self._deaths = True, result, 0
-            else:
-                assert dealer is not None
-                assert member.task is not None
-                task, member.task = member.task, None
-                dealer.finished(task)
-                done(tasks[task], result)
+            task = run.dealer.deal()
+            if task is None:
+                task = self._copy(gang, run)
+            if task is not None:
+                work = Assignment(next(self._tickets), run.number, task)
+                gang.start(work, run.method, run.tasks[task], time.monotonic())
 
-    def _wait(self) -> list[Any]:
-        limit = TICK_SECONDS if any(member.loaded for member in self._members) else PATIENCE_SECONDS
-        ready, _ = ray.wait(list(self._refs), num_returns=1, timeout=limit)
-        if not ready and limit == PATIENCE_SECONDS:
-            cluster = self._spec.cluster
-            log.warning(
-                "waiting for a replica: each needs %s CPUs and %s GPUs; the cluster has %s free",
-                cluster.cpus_per_rank,
-                cluster.gpus_per_rank,
-                {key: value for key, value in ray.available_resources().items() if key in ("CPU", "GPU")},
-            )
+    def _copy(self, gang: Gang, run: _Run) -> int | None:
+        """A task that runs for too long, for an idle gang that would do it with the same bits."""
+        task = run.dealer.copy(lambda task: any(gang.twin(other) for other in self._on(run, task)))
+        if task is not None:
+            log.info("%s takes long: an idle replica does it as well", run.dealer.names[task])
+        return task
+
+    def _on(self, run: _Run, task: int | None = None) -> list[Gang]:
+        """The gangs that are on a task of a run, or on any, and were not called off."""
+        return [
+            gang
+            for gang in self._gangs
+            if gang.work is not None
+            and gang.called_off is None
+            and gang.work.run == run.number
+            and task in (None, gang.work.task)
+        ]
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def _step(self, run: _Run | None, wait: bool = True) -> None:
+        """Wait for events, at most a tick, and act on all that are there."""
+        gangs = {ref: gang for gang in self._gangs for ref in gang.refs}
+        ready = self._wait(list(gangs), wait)
+        now = time.monotonic()
+        for ref in ready:
+            gangs[ref].take(ref, now)
+        if now - self._felt >= TICK_SECONDS:
+            self._feel(now)
+        for gang in list(self._gangs):
+            verdict = gang.advance(now)
+            if verdict is not None:
+                self._act(gang, verdict, run)
+
+    def _wait(self, refs: list[Any], wait: bool) -> list[Any]:
+        if not refs:
+            time.sleep(TICK_SECONDS if wait else 0)
+            return []
+        if wait:
+            ray.wait(refs, num_returns=1, timeout=TICK_SECONDS)
+            self._tell()
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         return ready
 
-    def _replace(self, member: _Member, dealer: Dealer | None, cause: str) -> None:
-        self._members.remove(member)
-        ray.kill(member.actor)  # one that is only out of reach must not go on beside its successor
-        if not member.loaded:
-            self._deaths += 1
-            if self._deaths >= ATTEMPTS:
-                raise WhenceError(
-                    f"replicas die while they load the model; the last: {cause}",
-                    remedy="check that the model fits into a replica's memory",
-                )
-        log.warning("a replica died (%s); a new one takes over", cause.splitlines()[0] if cause else "no cause given")
-        self._start_member()
-        if dealer is not None and member.task is not None:
-            dealer.lost(member.task, cause)
+    def _feel(self, now: float) -> None:
+        self._felt = now
+        for gang in list(self._gangs):
+            cause = gang.feel(now)
+            if cause is not None:
+                log.warning("an idle replica died (%s)", first_line(cause))
+                self._discard(gang)
 
-    def _progress(self) -> int:
-        """Sequences behind the running tasks; a replica that does not answer in time counts as none."""
-        busy = [member.actor.progress.remote() for member in self._members if member.task is not None]
-        if not busy:
-            return 0
-        ready, _ = ray.wait(busy, num_returns=len(busy), timeout=0.2)
-        total = 0
-        for ref in ready:
-            try:
-                total += ray.get(ref)
-            except DEATHS:
-                continue  # its death is seen, and its task dealt again, by `_step`
-        return total
+    def _act(self, gang: Gang, verdict: Verdict, run: _Run | None) -> None:
+        if gang.work is None:
+            self._loaded(gang, verdict)
+        elif gang.called_off is not None or run is None or gang.work.run != run.number:
+            self._unwanted(gang, verdict)
+        else:
+            self._worked(gang, gang.work.task, verdict, run)
+
+    def _loaded(self, gang: Gang, verdict: Verdict) -> None:
+        match verdict:
+            case Finished():
+                self._selection, self._deaths = gang.selection, 0
+                return
+            case Lost(cause):
+                self._discard(gang)
+                self._deaths += 1
+                if self._deaths >= ATTEMPTS and not any(other.is_loaded for other in self._gangs):
+                    raise WhenceError(
+                        f"replicas die while they load the model; the last: {cause}",
+                        remedy="check that every node has this whence, and the memory for its share of the model",
+                    )
+                log.warning("a replica died while it loaded the model (%s)", first_line(cause))
+            case Raised(error) | TooLarge(_, error):
+                self._discard(gang)
+                raise error
+            case CalledOff():
+                raise AssertionError("loading is not called off")
+
+    def _unwanted(self, gang: Gang, verdict: Verdict) -> None:
+        """The end of a task that another replica did, or whose stage failed: whatever it says, nobody listens."""
+        whole = isinstance(verdict, (Finished, CalledOff)) or (isinstance(verdict, Raised) and gang.size == 1)
+        if whole:
+            gang.rest(time.monotonic())
+        else:
+            self._discard(gang)
+
+    def _worked(self, gang: Gang, task: int, verdict: Verdict, run: _Run) -> None:
+        match verdict:
+            case Finished(results):
+                gang.rest(time.monotonic())
+                run.dealer.finished(task)
+                for other in self._on(run, task):
+                    other.call_off(time.monotonic())
+                run.done(run.tasks[task], results[0])
+            case Lost(cause):
+                self._discard(gang)
+                log.warning("a replica died (%s); its task is dealt again", first_line(cause))
+                run.dealer.lost(task, cause)
+            case TooLarge(batch_size, error):
+                self._discard(gang)
+                self._halve(batch_size, error)
+                run.dealer.returned(task)
+            case Raised(error):
+                if gang.size == 1:
+                    gang.rest(time.monotonic())
+                else:
+                    self._discard(gang)  # its fellows wait for it in the middle of a pass
+                raise error
+            case CalledOff():
+                raise AssertionError("nobody called this task off")
+
+    def _halve(self, batch_size: int, error: BaseException) -> None:
+        """Make all replicas to come with a smaller micro-batch."""
+        scan = self._spec.scan
+        if batch_size <= 1:
+            raise error
+        smaller = min(scan.batch_size, batch_size // 2)
+        self._spec = dataclasses.replace(self._spec, scan=dataclasses.replace(scan, batch_size=smaller))
+        log.warning(
+            "memory ran out in a rank: its replica starts again with micro-batches of %d sequences; "
+            "next time set scan.batch_size=%d",
+            smaller,
+            smaller,
+        )
+
+    # --- ends -------------------------------------------------------------------------------------------------------
+
+    def _call_off(self, run: _Run) -> None:
+        for gang in self._on(run):
+            gang.call_off(time.monotonic())
+
+    def _settle(self) -> None:
+        """Wait until nothing that was called off can write any more, so that the next stage finds what it expects."""
+        while True:
+            now = time.monotonic()
+            ends = [(gang, gang.is_harmless(now)) for gang in self._gangs]
+            for gang, harmless in ends:
+                if harmless is None:
+                    log.warning("a replica does not leave a task that was called off; it is replaced")
+                    self._discard(gang)
+            if all(harmless is not False for _, harmless in ends):
+                return
+            self._step(None)
+
+    def _progress(self, run: _Run) -> int:
+        """Sequences behind the running tasks, as last heard; of two replicas on one task the faster counts."""
+        found: dict[int, int] = {}
+        for gang in self._on(run):
+            assert gang.work is not None
+            found[gang.work.task] = max(found.get(gang.work.task, 0), gang.finished)
+        return sum(found.values())
+
+    def _tell(self) -> None:
+        """Say what is waited for while there is no replica."""
+        now = time.monotonic()
+        if any(gang.state not in (State.pending, State.starting) for gang in self._gangs):
+            self._told = now
+        if now - self._told < PATIENCE_SECONDS:
+            return
+        self._told, cluster = now, self._spec.cluster
+        log.warning(
+            "waiting for a replica: each needs %s of %s CPUs and %s GPUs; the cluster has %s free, of %s",
+            "1 process" if cluster.world_size == 1 else f"{cluster.world_size} processes",
+            cluster.cpus_per_rank,
+            cluster.gpus_per_rank,
+            _counted(ray.available_resources()),
+            _counted(ray.cluster_resources()),
+        )
 
 
-def raised(error: RayTaskError) -> BaseException:
-    """What the task itself raised, with the remote traceback kept as a note."""
-    cause = error.cause if isinstance(error.cause, BaseException) else error
-    if cause is not error and not isinstance(cause, WhenceError):
-        cause.add_note(f"(raised in a worker of Ray)\n{error}")  # whose text is the remote traceback
-    return cause
+def _counted(resources: Mapping[str, float]) -> dict[str, float]:
+    return {key: resources.get(key, 0.0) for key in ("CPU", "GPU")}
+
+
+def first_line(cause: str) -> str:
+    """The first line of what Ray says of a death."""
+    return cause.splitlines()[0] if cause else "no cause given"

@@ -6,49 +6,84 @@ their groups, so neither the number of replicas nor their timing moves a bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from actors.factors import (
     basis_tensors,
+    covariance_moment,
     fit_solver,
     layer_file,
     numbered,
-    part_folder,
+    part_file,
     read_token_factors,
 )
 from actors.store import Artifact
 from influence.compression import allot_ranks, pack, weighted_spectrum
-from influence.covariance import SecondMoment
+from influence.covariance import block_slices
 from influence.eigenbasis import eigenbasis
 from influence.layers import TrackedLayer
 from influence.solvers import apply
 
 
-def merged_parts(output: Artifact, groups: int, bundle: int) -> dict[str, Tensor]:
-    """The sum over groups of one bundle's partial sums, group by group, in float64."""
+@dataclass(frozen=True)
+class Parts:
+    """The committed partial sums of one bundle of layers: the folder of each group, in order, and its ranks."""
+
+    output: Artifact
+    groups: Sequence[tuple[str, int]]
+    bundle: int
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name, group by group and rank by rank."""
+        for folder, ranks in self.groups:
+            for rank in range(ranks):
+                yield from self.output.read_tensors(part_file(folder, rank, self.bundle)).items()
+
+
+def merge_covariance_bytes(layers: Sequence[TrackedLayer], blocks: int) -> int:
+    """Memory of `merge_covariance`: strips and means in float64, 12 bytes a number of the factors, and one part."""
+    inputs = [layer.columns for layer in layers if layer.name == layer.input_group]
+    numbers = sum(block_squares(size, blocks) for size in [*inputs, *(layer.outputs for layer in layers)])
+    return 16 * numbers
+
+
+def merge_correction_bytes(layers: Sequence[TrackedLayer]) -> int:
+    """Memory of `merge_correction`: the sum and the mean in float64 and one part, 20 bytes a parameter."""
+    return 20 * sum(layer.parameters for layer in layers)
+
+
+def decompose_bytes(size: int, blocks: int) -> int:
+    """Memory of `decompose`: the factor and its basis, and for the block at work a copy and LAPACK's 2·b² numbers."""
+    largest = -(-size // blocks)
+    return 8 * (2 * block_squares(size, blocks) + 3 * largest**2)
+
+
+def block_squares(size: int, blocks: int) -> int:
+    """Σ b² over the blocks of a factor."""
+    return sum((part.stop - part.start) ** 2 for part in block_slices(size, blocks))
+
+
+def merge_covariance(parts: Parts, layers: Sequence[TrackedLayer], blocks: int, rows: Mapping[str, int]) -> None:
+    """Merge one bundle of covariance sums, in float64, and write a file a factor: its mean, with its rows."""
     total: dict[str, Tensor] = {}
-    for group in range(groups):
-        for key, value in output.read_tensors(f"{part_folder(group)}/bundle-{bundle:02d}.safetensors").items():
-            total[key] = total[key] + value.double() if key in total else value.double()
-    return total
-
-
-def merge_covariance(
-    output: Artifact, groups: int, bundle: int, layers: Sequence[TrackedLayer], rows: Mapping[str, int]
-) -> None:
-    """Merge one bundle of covariance sums and write a file a factor: its mean, block by block, with its rows."""
-    total = merged_parts(output, groups, bundle)
+    for key, value in parts:
+        if key in total:
+            total[key] += value
+        else:
+            total[key] = value.double()
     for layer in layers:
-        sides = ["gradient"] + (["activation"] if layer.name == layer.input_group else [])
-        for side in sides:
+        sizes = {"gradient": layer.outputs}
+        if layer.name == layer.input_group:
+            sizes["activation"] = layer.columns
+        for side, size in sizes.items():
             key = f"{side}/{layer.name}"
-            blocks = SecondMoment(numbered(total, key), rows[key]).mean()
-            tensors = {f"mean/{index}": block.contiguous() for index, block in enumerate(blocks)}
-            output.write_tensors(f"{key}.safetensors", tensors, {"rows": str(rows[key])})
+            means = covariance_moment(total, key, size, blocks, rows[key]).mean()
+            tensors = {f"mean/{index}": block for index, block in enumerate(means)}
+            parts.output.write_tensors(f"{key}.safetensors", tensors, {"rows": str(rows[key])})
 
 
 def decompose(output: Artifact, covariance: Artifact, factor: str, dtype: torch.dtype) -> None:
@@ -58,16 +93,18 @@ def decompose(output: Artifact, covariance: Artifact, factor: str, dtype: torch.
     output.write_tensors(f"{factor}.safetensors", basis_tensors(basis))
 
 
-def merge_correction(
-    output: Artifact, groups: int, bundle: int, layers: Sequence[TrackedLayer], sequences: int, dtype: torch.dtype
-) -> None:
-    """Merge one bundle of correction sums and write Λ of each layer, the mean over sequences."""
-    total = merged_parts(output, groups, bundle)
+def merge_correction(parts: Parts, layers: Sequence[TrackedLayer], sequences: int, dtype: torch.dtype) -> None:
+    """Merge one bundle of correction sums, in float64, and write Λ of each layer, the mean over sequences."""
+    totals = {layer.name: torch.zeros(layer.outputs, layer.columns, dtype=torch.float64) for layer in layers}
+    for key, value in parts:
+        name, _, place = key.rpartition("/")
+        row, column = map(int, place.split("."))
+        totals[name][row : row + value.shape[0], column : column + value.shape[1]] += value
     for layer in layers:
-        mean = (total[layer.name] / sequences).to(dtype)
+        mean = (totals[layer.name] / sequences).to(dtype)
         if not bool(torch.isfinite(mean).all()):
             raise ValueError(f"correction of layer {layer.name} holds values that are not finite")
-        output.write_tensors(layer_file(layer.name), {"correction": mean}, {"sequences": str(sequences)})
+        parts.output.write_tensors(layer_file(layer.name), {"correction": mean}, {"sequences": str(sequences)})
 
 
 def precondition(

@@ -1,6 +1,10 @@
 """A replica: one model, and the tasks that the driver deals to it. Runs in a Ray actor or in this process.
 
 A task either finishes and has committed its output, or raises and has committed nothing: it can be dealt again.
+
+Where a model is sharded, each of its ranks has a `Replica`, all of them are given the same task, and they go through
+it in step. What one rank finds out alone (memory that ran out, say) ends the task for all: the others are in the
+middle of a pass that needs it.
 """
 
 from __future__ import annotations
@@ -15,27 +19,29 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from actors.errors import BadRecord, ConfigError, WhenceError
+from actors.errors import BadRecord, Cancelled, MemoryRanOut, WhenceError
 from actors.factors import (
     correction_bundles,
+    correction_tensors,
     covariance_bundles,
     covariance_tensors,
     fit_solver,
     gradient_file,
-    part_folder,
+    part_file,
     read_token_factors,
 )
 from actors.holdings import HeldBases, HeldQueries
-from actors.model import load_model
+from actors.model import load_model, load_skeleton
 from actors.sequences import SequenceSource, StoredSequences, candidate_rows
 from actors.store import Artifact
 from actors.tasks import AgreementTask, Done, FidelityTask, GroupTask, QueryTask, ReplicaSpec, ScanTask
 from conf.schema import Dtype as DtypeName
 from conf.schema import Labels as LabelsKind
-from conf.schema import ModelConfig
+from conf.schema import ModelConfig, Offload
 from influence.batch import Batch
 from influence.correction import CorrectionSums
 from influence.covariance import CovarianceSums
+from influence.exchange import Alone, Exchange
 from influence.labels import Labels, SampledLabels, TrueLabels
 from influence.layers import LayerSelection, group_inputs, select_layers
 from influence.measurement import MEASUREMENTS, MeasuredQuery
@@ -67,26 +73,27 @@ def out_of_memory(error: BaseException) -> bool:
 class Replica:
     """A model with its tracked layers, and what can be asked of it."""
 
-    def __init__(self, spec: ReplicaSpec) -> None:
+    def __init__(self, spec: ReplicaSpec, exchange: Exchange | None = None) -> None:
         """Load the model.
 
-        Raises:
-            ConfigError: for a gang of several ranks, which this version does not start.
+        Args:
+            spec: what the replica is made of.
+            exchange: the other ranks of a sharded model; None if this process holds all of it.
         """
-        if spec.cluster.world_size != 1:
-            raise ConfigError(
-                f"cluster.world_size={spec.cluster.world_size}: this version runs replicas of one process only",
-                remedy="set cluster.world_size=1 and use cluster.replicas for parallelism",
-            )
         torch.set_num_threads(spec.cluster.cpus_per_rank)
         self.spec = spec
+        self.exchange = exchange or Alone()
         self.device = torch.device("cuda" if spec.cluster.gpus_per_rank > 0 else "cpu")
-        self.batch_size = spec.scan.batch_size
+        self.batch_size = spec.scan.batch_size  # sequences a rank
         self.finished = 0  # sequences of the current task, for progress
+        self.cancelled = False  # set from outside: what is running is not wanted any more
+        self.committing = False  # from the last look at `cancelled` on: the task will be committed
         self.worker, self.selection = self._load(spec.model, self._precision())
+        self._passes: tuple[tuple[str, ...], Worker] | None = None
         self._sources: dict[str, SequenceSource] = {}
-        self._queries = HeldQueries(self.selection, spec.scan, self.worker.precision, self.device)
-        self._bases = HeldBases(self.selection, self.worker.precision.product, self.device)
+        precision, memory = self.worker.precision, spec.cluster.memory_per_rank
+        self._queries = HeldQueries(self.selection, spec.scan, precision, self.device, self.exchange, memory)
+        self._bases = HeldBases(precision.product, self.device, self.exchange)
 
     def describe(self) -> LayerSelection:
         """Which layers are tracked."""
@@ -100,20 +107,18 @@ class Replica:
 
     def covariance(self, task: GroupTask) -> Done:
         """Sum A and S over one group and commit the sums."""
-        started = time.perf_counter()
-        labels = self._labels(task, COVARIANCE_PASS)
+        started, worker = time.perf_counter(), self._worker_of(task)
+        labels, ranks = self._labels(task, COVARIANCE_PASS), (self.exchange.rank, self.exchange.size)
 
         def begin() -> CovarianceSums:
-            return CovarianceSums.empty(
-                self.selection, task.blocks, self.worker.precision.sums, device=str(self.device)
-            )
+            return CovarianceSums.empty(worker.selection, task.blocks, worker.precision.sums, self.device, *ranks)
 
         def step(batch: Batch, sums: CovarianceSums) -> None:
-            self.worker.accumulate_covariance(batch, labels, sums)
+            worker.accumulate_covariance(batch, labels, sums)
 
         sums = self._sum_group(task, begin, step)
         rows: dict[str, int] = {}
-        for number, layers in enumerate(covariance_bundles(self.selection.layers)):
+        for number, layers in enumerate(covariance_bundles(worker.selection.layers)):
             tensors, counts = covariance_tensors(sums, layers)
             rows |= counts
             self._write_part(task, number, tensors)
@@ -122,38 +127,48 @@ class Replica:
     def correction(self, task: GroupTask) -> Done:
         """Sum Λ over one group and commit the sums."""
         assert task.bases is not None
-        started = time.perf_counter()
-        labels, bases = self._labels(task, CORRECTION_PASS), self._bases.of(task.bases)
+        started, worker = time.perf_counter(), self._worker_of(task)
+        labels, ranks = self._labels(task, CORRECTION_PASS), (self.exchange.rank, self.exchange.size)
+        bases = self._bases.of(task.bases, worker.selection.layers)
 
         def begin() -> CorrectionSums:
-            return CorrectionSums.empty(self.selection, self.worker.precision.sums, self.device)
+            return CorrectionSums.empty(worker.selection, worker.precision.sums, self.device, *ranks)
 
         def step(batch: Batch, sums: CorrectionSums) -> None:
-            self.worker.accumulate_correction(batch, labels, bases, sums)
+            worker.accumulate_correction(batch, labels, bases, sums)
 
         sums = self._sum_group(task, begin, step)
-        for number, layers in enumerate(correction_bundles(self.selection.layers)):
-            self._write_part(task, number, {layer.name: sums.sums[layer.name] for layer in layers})
+        for number, layers in enumerate(correction_bundles(worker.selection.layers)):
+            self._write_part(task, number, correction_tensors(sums, layers, *ranks))
         return self._commit_part(task, sums, {}, started)
 
     # --- queries ----------------------------------------------------------------------------------------------------
 
     def query_gradients(self, task: QueryTask) -> Done:
-        """Write the exact gradient of each query's measurement, as factors over tokens."""
-        started, tokens, values = time.perf_counter(), 0, {}
-        by_layer: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in self.selection.layers}
-        for index, query_id, query in task.queries:
-            values[query_id], factors = self._query_gradient(task, query_id, query)
-            for name, factor in factors.items():
-                by_layer[name][f"{index}/grad"] = factor.grad_TO.cpu().contiguous()
-                by_layer[name][f"{index}/act"] = factor.act_TI.cpu().contiguous()
-            tokens += int(query.batch.lengths.sum())
-            self.finished += 1
-        for name, tensors in by_layer.items():
-            task.output.write_tensors(gradient_file(name, task.batch), tensors)
+        """Write the exact gradient of each query's measurement, as factors over tokens; ranks share the queries."""
+        started, ranks = time.perf_counter(), self.exchange.size
+        mine: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in self.selection.layers}
+        values: dict[str, float] = {}
+        for start in range(0, len(task.queries), ranks):
+            self._check_cancelled()
+            index, query_id, query = task.queries[min(start + self.exchange.rank, len(task.queries) - 1)]
+            value, factors = self._query_gradient(task, query_id, query)
+            for name, factor in factors.items():  # a rank that is left over repeats the last query: the same tensors
+                mine[name][f"{index}/grad"] = factor.grad_TO.cpu().contiguous()
+                mine[name][f"{index}/act"] = factor.act_TI.cpu().contiguous()
+            for found in self.exchange.agree({query_id: value}):
+                values |= found
+            self.finished = min(start + ranks, len(task.queries))
+        self._begin_commit()
+        for name, tensors in mine.items():
+            gathered = self.exchange.collect(tensors)
+            if gathered:
+                task.output.write_tensors(gradient_file(name, task.batch), _united(gathered))
+        tokens = sum(int(query.batch.lengths.sum()) for _, _, query in task.queries)
         seconds = time.perf_counter() - started
-        done = {"queries": values, "tokens": tokens, "seconds": seconds}
-        task.output.write_json(f"parts/batch-{task.batch:04d}.json", done)
+        if self.exchange.rank == 0:
+            done = {"queries": values, "tokens": tokens, "seconds": seconds}
+            task.output.write_json(f"parts/batch-{task.batch:04d}.json", done)
         return Done(len(task.queries), tokens, seconds, result=values)
 
     def fidelity(self, task: FidelityTask) -> Done:
@@ -167,7 +182,7 @@ class Replica:
         def compressed() -> dict[str, LayerQueries]:
             return self._queries.some(task.compressed, task.queries)
 
-        return self._compared(task, (compressed, self.worker), (full, self.worker))
+        return self._compared(task, (compressed, self.worker, True), (full, self.worker, True))
 
     # --- scan -------------------------------------------------------------------------------------------------------
 
@@ -178,25 +193,29 @@ class Replica:
         ids, feeds = candidate_rows(task.candidates, task.first, task.stop)
         queries = self._queries.planned(task.queries, self._tokens(task.sequences))
         order, blocks, tokens = [], [], 0
-        for chosen, block, read in self._score(task.sequences, ids.tolist(), queries, self.worker):
+        shared = self._queries.shared
+        for chosen, block, read in self._score(task.sequences, ids.tolist(), queries, self.worker, shared):
             order += chosen
             blocks.append(block)
             tokens += read
+        self._begin_commit()
         position = np.argsort(np.asarray(order))
         scores = torch.cat(blocks).numpy()[position]  # in the type of the sums
         finite = np.asarray(np.isfinite(scores).all(axis=1))
         excluded = dict.fromkeys(ids[~finite].tolist(), "its loss or gradient is not finite")
-        table = pa.table(
-            {
-                "sequence_id": pa.array(ids[finite], pa.int64()),
-                "feed": pa.array(np.asarray(feeds, object)[finite], pa.string()).dictionary_encode(),
-                "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores[finite].reshape(-1)), scores.shape[1]),
-            }
-        )
-        task.output.write_table(f"shard-{task.shard:06d}.parquet", table)
-        done = {"sequences": len(ids), "tokens": tokens, "excluded": {str(key): why for key, why in excluded.items()}}
         seconds = time.perf_counter() - started
-        task.output.write_json(f"parts/shard-{task.shard:06d}.json", done | {"seconds": seconds})
+        if self.exchange.rank == 0:
+            table = pa.table(
+                {
+                    "sequence_id": pa.array(ids[finite], pa.int64()),
+                    "feed": pa.array(np.asarray(feeds, object)[finite], pa.string()).dictionary_encode(),
+                    "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores[finite].reshape(-1)), scores.shape[1]),
+                }
+            )
+            task.output.write_table(f"shard-{task.shard:06d}.parquet", table)
+            named = {str(key): why for key, why in excluded.items()}
+            done = {"sequences": len(ids), "tokens": tokens, "excluded": named, "seconds": seconds}
+            task.output.write_json(f"parts/shard-{task.shard:06d}.json", done)
         return Done(len(ids), tokens, seconds, excluded)
 
     def agreement(self, task: AgreementTask) -> Done:
@@ -209,27 +228,40 @@ class Replica:
 
         def stored() -> dict[str, LayerQueries]:
             held = self._queries.stored(task.queries)
+            if self._queries.shared:
+                held = {name: value.share(self.exchange.rank, self.exchange.size) for name, value in held.items()}
             return {name: value.to(torch.float32, torch.float32, self.device) for name, value in held.items()}
 
-        return self._compared(task, (planned, self.worker), (stored, exact))
+        return self._compared(task, (planned, self.worker, self._queries.shared), (stored, exact, self._queries.shared))
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
-    def _compared(self, task: FidelityTask | AgreementTask, *ways: tuple[Callable[[], dict], Worker]) -> Done:
+    def _compared(self, task: FidelityTask | AgreementTask, *ways: tuple[Callable[[], dict], Worker, bool]) -> Done:
         """Score a sample in each way, one after the other, so that only one set of queries is made at a time."""
         started = time.perf_counter()
         found = []
-        for queries, worker in ways:
-            scored = self._score(task.sequences, task.sequence_ids, queries(), worker)
+        for queries, worker, shared in ways:
+            scored = self._score(task.sequences, task.sequence_ids, queries(), worker, shared)
             found.append(torch.cat([block for _, block, _ in scored]).double().tolist())
         return Done(len(task.sequence_ids), 0, time.perf_counter() - started, result=found)
 
     def _load(self, model: ModelConfig, precision: Precision) -> tuple[Worker, LayerSelection]:
-        loaded = load_model(model, self.device)
-        selection = select_layers(loaded, model.layers)
+        loaded = load_model(model, self.device, exchange=self.exchange)
+        whole = self.exchange.size == 1 and model.offload is Offload.none
+        selection = select_layers(loaded if whole else load_skeleton(model), model.layers)
         probe = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
         selection = group_inputs(loaded, selection, probe)
-        return Worker(loaded, selection, precision), selection
+        return Worker(loaded, selection, precision, self.exchange), selection
+
+    def _worker_of(self, task: GroupTask) -> Worker:
+        """A worker that reduces the layers of the task's pass alone."""
+        if len(task.layers) == len(self.selection.layers):
+            return self.worker
+        if self._passes is None or self._passes[0] != task.layers:
+            selection = self.selection.only(task.layers)
+            worker = Worker(self.worker.model, selection, self.worker.precision, self.exchange)
+            self._passes = (task.layers, worker)
+        return self._passes[1]
 
     def _precision(self) -> Precision:
         return Precision(
@@ -248,14 +280,15 @@ class Replica:
             measured.append(float(values_B.detach().sum()))
             return values_B
 
+        problem, factors = None, {}
         try:
             factors = self.worker.token_factors(query.batch.to(self.device), objective)
         except NonFiniteSequences as error:
             reasons = "; ".join(dict.fromkeys(error.reasons.values()))
-            raise BadRecord(
-                f"query {query_id!r} cannot be traced: {reasons.replace('loss', 'measurement')}",
-                remedy="correct or remove this query, or try model.dtype=float32",
-            ) from error
+            problem = f"query {query_id!r} cannot be traced: {reasons.replace('loss', 'measurement')}"
+        problems = [found for found in self.exchange.agree(problem) if found]
+        if problems:
+            raise BadRecord(problems[0], remedy="correct or remove this query, or try model.dtype=float32")
         return measured[-1], factors
 
     def _labels(self, task: GroupTask, pass_index: int) -> Labels:
@@ -275,21 +308,26 @@ class Replica:
         state, _ = fit_solver(task.solver, task.factors, layer, task.damping_factor)
         factors = read_token_factors(task.gradients, name, task.queries)
         dense_QOI = torch.stack([apply(state, factor.gradient()) for factor in factors])
-        precision = self.worker.precision
-        return LayerQueries(len(task.queries), dense_QOI=dense_QOI).to(precision.product, precision.sums, self.device)
+        return self._queries.placed(LayerQueries(len(task.queries), dense_QOI=dense_QOI), shared=True)
 
     def _score(
-        self, sequences: Artifact, ids: Sequence[int], queries: dict[str, LayerQueries], worker: Worker
+        self,
+        sequences: Artifact,
+        ids: Sequence[int],
+        queries: dict[str, LayerQueries],
+        worker: Worker,
+        shared: bool = False,
     ) -> Iterator[tuple[list[int], Tensor, int]]:
         """Sequences, their scores and their tokens, a micro-batch at a time; it is halved if memory runs out."""
         rows = self._source(sequences).read(ids)
         order = sorted(range(len(ids)), key=lambda index: (-len(rows[index]), ids[index]))
         start, self.finished = 0, 0
         while start < len(order):
-            chosen = order[start : start + self.batch_size]
+            self._check_cancelled()
+            chosen = order[start : start + self.batch_size * self.exchange.size]
             batch = Batch.collate([ids[index] for index in chosen], [rows[index] for index in chosen]).to(self.device)
             try:
-                block = worker.scores(batch, queries).scores_BQ.cpu()
+                block = worker.scores(batch, queries, shared=shared).scores_BQ.cpu()
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
                 continue
@@ -299,7 +337,7 @@ class Replica:
 
     def _sum_group(self, task: GroupTask, begin: Callable[[], S], step: Callable[[Batch, S], None]) -> S:
         """Sum a statistic over a group, in the order of sequence ids; begun anew without sequences that fail."""
-        excluded: dict[int, str] = {}
+        excluded = dict(task.excluded)
         while True:
             sums = begin()
             try:
@@ -308,14 +346,17 @@ class Replica:
                 del sums  # before they are begun anew: both sets may not fit
                 continue
             sums.excluded |= excluded
+            self._begin_commit()
             return sums
 
     def _add_group(self, task: GroupTask, sums: S, step: Callable[[Batch, S], None], excluded: dict[int, str]) -> None:
         ids = [index for index in task.sequence_ids if index not in excluded]
         rows = self._source(task.sequences).read(ids)
+        size = self.batch_size * self.exchange.size
         self.finished = 0
-        for start in range(0, len(ids), self.batch_size):
-            stop = min(start + self.batch_size, len(ids))
+        for start in range(0, len(ids), size):
+            self._check_cancelled()
+            stop = min(start + size, len(ids))
             batch = Batch.collate(ids[start:stop], rows[start:stop]).to(self.device)
             try:
                 step(batch, sums)
@@ -328,9 +369,34 @@ class Replica:
                 raise _Restart from error
             self.finished = stop
 
+    def _check_cancelled(self) -> None:
+        """Leave a task that is not wanted any more, all ranks at the same place.
+
+        Raises:
+            Cancelled: if any rank was told to.
+        """
+        if bool(self.exchange.gather(torch.tensor([self.cancelled], device=self.device)).any()):
+            raise Cancelled("another replica has done this task")
+
+    def _begin_commit(self) -> None:
+        """The last chance to leave; what follows writes.
+
+        Raises:
+            Cancelled: as `_check_cancelled`.
+        """
+        self.committing = True
+        self._check_cancelled()
+
     def _halve(self, error: BaseException) -> None:
+        """Go on with half the micro-batch after memory ran out; ranks of a gang cannot, and end here."""
         if not out_of_memory(error):
             raise error
+        if self.exchange.size > 1:
+            ran_out = MemoryRanOut(
+                f"memory ran out with a micro-batch of {self.batch_size} sequences a rank", rank=self.exchange.rank
+            )
+            ran_out.batch_size = self.batch_size
+            raise ran_out from error
         if self.batch_size == 1:
             raise WhenceError(
                 "memory ran out with a micro-batch of one sequence",
@@ -344,19 +410,27 @@ class Replica:
         )
 
     def _write_part(self, task: GroupTask, number: int, tensors: dict[str, Tensor]) -> None:
-        name = f"{part_folder(task.group)}/bundle-{number:02d}.safetensors"
+        name = part_file(task.folder, self.exchange.rank, number)
         task.output.write_tensors(name, {key: value.cpu().contiguous() for key, value in tensors.items()})
 
     def _commit_part(
         self, task: GroupTask, sums: CovarianceSums | CorrectionSums, rows: dict[str, int], started: float
     ) -> Done:
+        """Commit a group's sums once every rank has written its own."""
+        self.exchange.barrier()
         seconds = time.perf_counter() - started
         done = {
+            "ranks": self.exchange.size,
             "sequences": sums.sequences,
             "tokens": sums.tokens,
             "rows": rows,
             "excluded": {str(key): why for key, why in sums.excluded.items()},
             "seconds": seconds,
         }
-        task.output.write_json(f"{part_folder(task.group)}/done.json", done)
+        if self.exchange.rank == 0:
+            task.output.write_json(f"{task.folder}/done.json", done)
         return Done(sums.sequences, sums.tokens, seconds, dict(sums.excluded))
+
+
+def _united(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: tensor for part in parts for key, tensor in part.items()}

@@ -1,16 +1,30 @@
-"""Random access to the tokenised corpus, a row group at a time, and sequences in memory (its test double)."""
+"""Random access to the tokenised corpus, a row group at a time, its test double in memory, and candidates by range.
+
+A `candidates` artifact is one table, sorted by sequence id, in files by ranges of ids. Its `index.json` lists, beside
+counts of the whole, for each file: name, first_sequence_id, stop, rows, distinct sequences, and those of each feed.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors.errors import BadRecord
 from actors.store import Artifact
+
+CANDIDATES = pa.schema(
+    [
+        ("query_id", pa.string()),  # null where unfiltered
+        ("sequence_id", pa.int64()),
+        ("feed", pa.string()),  # bm25 or unfiltered
+        ("bm25_score", pa.float64()),  # null where unfiltered
+    ]
+)
 
 
 class SequenceSource(Protocol):
@@ -84,32 +98,55 @@ def _value(table: pa.Table, name: str, offset: int) -> object:
     return value.as_py()
 
 
+def candidate_files(candidates: Artifact) -> list[dict]:
+    """The files of a `candidates` artifact in the order of their ranges of sequence ids, with their counts."""
+    return candidates.read_json("index.json")["files"]
+
+
+def read_candidates(candidates: Artifact, columns: list[str] | None = None) -> pa.Table:
+    """The whole table of candidates, sorted by sequence id; for corpora that fit this process."""
+    return pa.concat_tables(candidates.read_table(file["name"], columns) for file in candidate_files(candidates))
+
+
+def candidate_ids(candidates: Artifact, name: str) -> np.ndarray:
+    """The distinct candidates in one file, ascending."""
+    return np.unique(candidates.read_table(name, columns=["sequence_id"]).column("sequence_id").to_numpy())
+
+
 def candidate_rows(candidates: Artifact, first: int, stop: int) -> tuple[np.ndarray, list[str]]:
     """The distinct candidates in [first, stop), ascending, and the feed of each: bm25, unfiltered or both."""
-    file = candidates.open_parquet("candidates.parquet")
-    ids, from_bm25, from_unfiltered = _feeds(file, first, stop)
-    unique, inverse = np.unique(ids, return_inverse=True)
-    bm25 = np.bincount(inverse, weights=from_bm25, minlength=len(unique)) > 0
-    unfiltered = np.bincount(inverse, weights=from_unfiltered, minlength=len(unique)) > 0
+    table = _row_groups(candidates, lambda low, high: high >= first and low < stop, ["sequence_id", "feed"])
+    ids = table.column("sequence_id").to_numpy()
+    inside = (ids >= first) & (ids < stop)
+    unique, inverse = np.unique(ids[inside], return_inverse=True)
+    is_bm25 = np.asarray(table.column("feed").cast(pa.string()))[inside] == "bm25"
+    bm25 = np.bincount(inverse, weights=is_bm25, minlength=len(unique)) > 0
+    unfiltered = np.bincount(inverse, weights=~is_bm25, minlength=len(unique)) > 0
     names = np.where(bm25 & unfiltered, "both", np.where(bm25, "bm25", "unfiltered"))
     return unique, names.tolist()
 
 
-def _feeds(file: object, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids, bm25, unfiltered = [], [], []
-    metadata = file.metadata  # type: ignore[attr-defined]
-    column = metadata.schema.names.index("sequence_id")
-    for group in range(metadata.num_row_groups):
-        bounds = metadata.row_group(group).column(column).statistics
-        if bounds is not None and (bounds.max < first or bounds.min >= stop):
+def proposals(candidates: Artifact, query_id: str, sequence_ids: Sequence[int]) -> dict[int, float]:
+    """BM25 scores of those of the sequences that BM25 proposed for this query itself."""
+    wanted = np.sort(np.asarray(sequence_ids, dtype=np.int64))
+
+    def holds_some(low: int, high: int) -> bool:
+        return bool(np.searchsorted(wanted, low) < np.searchsorted(wanted, high, side="right"))
+
+    table = _row_groups(candidates, holds_some, ["query_id", "sequence_id", "bm25_score"])
+    mine = table.filter((pc.field("query_id") == query_id) & pc.field("sequence_id").isin(pa.array(wanted)))
+    return dict(zip(mine.column("sequence_id").to_pylist(), mine.column("bm25_score").to_pylist(), strict=True))
+
+
+def _row_groups(candidates: Artifact, concerns: Callable[[int, int], bool], columns: list[str]) -> pa.Table:
+    """Those row groups of the table whose sequence ids, from the lowest to the highest, are of concern."""
+    pieces = [CANDIDATES.empty_table().select(columns)]
+    for file in candidate_files(candidates):
+        if not concerns(file["first_sequence_id"], file["stop"] - 1):
             continue
-        table = file.read_row_group(group, columns=["sequence_id", "feed"])  # type: ignore[attr-defined]
-        ids.append(table.column("sequence_id").to_numpy())
-        is_bm25 = np.asarray(table.column("feed").cast(pa.string())) == "bm25"
-        bm25.append(is_bm25)
-        unfiltered.append(~is_bm25)
-    if not ids:
-        return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
-    all_ids = np.concatenate(ids)
-    inside = (all_ids >= first) & (all_ids < stop)
-    return all_ids[inside], np.concatenate(bm25)[inside], np.concatenate(unfiltered)[inside]
+        with candidates.open_parquet(file["name"]) as parquet:
+            place = parquet.metadata.schema.names.index("sequence_id")
+            bounds = [parquet.metadata.row_group(n).column(place).statistics for n in range(parquet.num_row_groups)]
+            groups = [n for n, bound in enumerate(bounds) if bound is None or concerns(bound.min, bound.max)]
+            pieces.append(parquet.read_row_groups(groups, columns=columns))
+    return pa.concat_tables(pieces)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -24,10 +24,12 @@ import safetensors.torch
 import torch
 from pyarrow.fs import FileType
 
-from actors.checked import CHECKSUMS, CheckedFolder, Checksum, write_stream
+from actors.checked import ALTERED, CHECKSUMS, CheckedFolder, Checksum
+from actors.digests import remembered_digests
 from actors.errors import ChecksumError, StaleArtifact, WriteFailed
 from actors.filesystem import absolute, file_digest, is_local, locate, read_stream
 from actors.records import FORMAT, difference, make_record, sealed
+from actors.unfinished import to_forget
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class Artifact:
 
     @property
     def uri(self) -> str:
-        """The artifact's folder."""
+        """The artifact's folder, for people to read: a URI's credentials and options are left out."""
         return self._folder.uri
 
     @property
@@ -180,13 +182,40 @@ class Artifact:
         return self._folder.exists(name)
 
     def list(self, prefix: str = "") -> list[str]:
-        """Names of the files that begin with `prefix`, sorted; the record and checksums are left out."""
-        return [name for name in self._folder.names() if name.startswith(prefix) and name != RECORD]
+        """Names of the files that begin with `prefix`, sorted; the record and checksums are left out.
+
+        Of a committed artifact it is the files that it was committed with, so that one which was lost since is missed.
+        """
+        record = self._record()
+        names = self._folder.names() if record is None else sorted(record["files"])
+        return [name for name in names if name.startswith(prefix) and name != RECORD]
 
     def delete(self, name: str) -> None:
         """Delete one file of unfinished work; a file that is not there is no error."""
         self._refuse_if_committed(name)
         self._folder.delete(name)
+
+    def forget(self, file: str) -> list[str]:
+        """Make a damaged file of unfinished work be computed again: delete it, and whatever vouches for it.
+
+        Files that have no checksum, because the record or the folder of checksums was lost, go with it.
+
+        Args:
+            file: As a `ChecksumError` names it.
+
+        Returns:
+            The files that were deleted; none where the file is another artifact's, or this one is committed.
+        """
+        name = file.removeprefix(f"{self.uri}/")
+        if name == file or self.exists(RECORD):
+            return []
+        name = name.removeprefix(f"{CHECKSUMS}/").removesuffix(".json") if name.startswith(f"{CHECKSUMS}/") else name
+        names = self.list()
+        vouched = self._folder.with_checksum()
+        doomed = sorted(to_forget(name, names) | {each for each in names if each not in vouched} | {name})
+        for each in doomed:
+            self._folder.delete(each)
+        return doomed
 
     def _refuse_if_committed(self, name: str) -> None:
         if self.exists(RECORD):
@@ -198,15 +227,15 @@ class Artifact:
 
     # Writing
 
-    def _write(self, name: str, writer: Callable[[str], Checksum]) -> None:
+    def _refuse_write(self, name: str) -> None:
         if name == RECORD or name.startswith(f"{CHECKSUMS}/"):
             raise ValueError(f"{name!r} is a name that the store keeps for itself")
         self._refuse_if_committed(name)
-        self._folder.write(name, writer)
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file of bytes."""
-        self._write(name, lambda aside: write_stream(self._folder.filesystem, aside, data))
+        self._refuse_write(name)
+        self._folder.write(name, data)
 
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file; NaN and infinity are refused."""
@@ -224,14 +253,16 @@ class Artifact:
         """Write a safetensors file, from any device; strided tensors and views are packed."""
         packed = _packed(tensors)
         filesystem = self._folder.filesystem
+        if not is_local(filesystem):
+            self.write_bytes(name, safetensors.torch.save(packed, metadata))
+            return
 
         def write(aside: str) -> Checksum:
-            if not is_local(filesystem):
-                return write_stream(filesystem, aside, safetensors.torch.save(packed, metadata))
             safetensors.torch.save_file(packed, aside, metadata)
             return Checksum(file_digest(filesystem, aside), os.path.getsize(aside))
 
-        self._write(name, write)
+        self._refuse_write(name)
+        self._folder.write_by(name, write)
 
     # Reading
 
@@ -246,7 +277,7 @@ class Artifact:
     def _verified(self, name: str) -> str:
         """Check a file and return its path."""
         accepted = self._accepted(name)
-        if not self.exists(name) and not (accepted and self.exists(RECORD)):
+        if not accepted and not self.exists(name):
             raise FileNotFoundError(f"{self.uri}/{name} has not been written")
         if self._folder.fault(name, accepted):  # look again: it may be in the middle of being replaced
             fault = self._folder.fault(name, self._accepted(name), fresh=True)
@@ -258,10 +289,28 @@ class Artifact:
         return ChecksumError(
             fault,
             file=f"{self.uri}/{name}",
-            remedy=f"delete the folder {self.uri} and run again; only this artifact is computed anew"
-            if self.exists(RECORD)
-            else "delete this file and run again; the stage writes it anew",
+            remedy=f"delete the folder {self.uri} and run again; only this artifact is computed anew",
         )
+
+    def verify(self, names: Sequence[str]) -> None:
+        """Check files of a committed artifact, reading only those that changed since they were last read.
+
+        For files that go on to others as they are. What is trusted is said in `actors.digests`; a file that is read
+        through this class is checked by its content, whatever is remembered.
+
+        Raises:
+            ChecksumError: If one of them is not what was written.
+        """
+        folder = self._folder
+        wrong = {name: fault for name in names if (fault := folder.misfit(name, self._accepted(name)))}
+        if not wrong:
+            paths = [folder.path_of(name) for name in names]
+            found = remembered_digests(folder.filesystem, paths, f"{self.store.uri} {self.kind} {self.fingerprint}")
+            for name, digest in zip(names, found, strict=True):
+                if digest not in {each.sha256 for each in self._accepted(name)}:
+                    wrong[name] = ALTERED
+        for name, fault in wrong.items():
+            raise self._damaged(name, fault)
 
     def read_bytes(self, name: str) -> bytes:
         """Read a file of bytes, once where nothing is wrong with it."""

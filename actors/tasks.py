@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from actors.store import Artifact
@@ -21,27 +21,33 @@ class ReplicaSpec:
 
 @dataclass(frozen=True)
 class GroupTask:
-    """Sum the statistics of one fixed group of sequences and commit them as one part.
+    """Sum the statistics of one fixed group of sequences, in the layers of one pass, and commit them as one part.
 
     Attributes:
         output: the covariance or correction artifact that the part belongs to.
+        folder: where in it, `actors.factors.part_folder`.
         group: number of the group.
+        layers: names of the layers of the pass.
         sequence_ids: its sequences, ascending.
         sequences: the tokenised corpus.
         labels: where pseudo-labels come from.
         seed: of sampled labels.
         blocks: diagonal blocks a side (covariance).
         bases: the eigenbasis artifact (correction).
+        excluded: sequences that another pass set aside.
     """
 
     output: Artifact
+    folder: str
     group: int
-    sequence_ids: tuple[int, ...]
+    layers: tuple[str, ...]
+    sequence_ids: Sequence[int]
     sequences: Artifact
     labels: Labels
     seed: int
     blocks: int = 1
     bases: Artifact | None = None
+    excluded: Mapping[int, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"group {self.group}"

@@ -14,7 +14,6 @@ from transformers import BertConfig, BertLMHeadModel, BloomConfig, GPT2Config, L
 
 from actors.errors import ConfigError
 from actors.model import (
-    ShardSpec,
     context_length,
     load_model,
     load_skeleton,
@@ -123,11 +122,12 @@ def test_a_truncated_checkpoint_is_refused(folder: Path):
         load_model(ModelConfig(path=str(folder)))
 
 
-def test_several_ranks_are_refused_for_now(folder: Path):
-    config = ModelConfig(path=str(folder))
-    with pytest.raises(ConfigError, match=r"cluster\.world_size=2.*Remedy: set cluster\.world_size=1"):
-        load_model(config, "cpu", ShardSpec(rank=0, world_size=2))
-    assert load_model(config, "cpu", ShardSpec())
+def test_a_weight_of_another_shape_is_named(folder: Path):
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name][:, :-1].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"cannot be loaded"):
+        load_model(ModelConfig(path=str(folder)))
 
 
 def test_a_missing_tokenizer_names_its_setting(folder: Path):

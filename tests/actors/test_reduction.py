@@ -11,19 +11,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.factors import basis_tensors, gradient_file, layer_file, part_folder, read_basis, read_layer_queries
+from actors.factors import (
+    basis_tensors,
+    correction_tensors,
+    covariance_tensors,
+    gradient_file,
+    layer_file,
+    part_file,
+    read_basis,
+    read_layer_queries,
+)
 from actors.reduction import (
+    Parts,
     allot,
     compress,
     decompose,
     merge_correction,
     merge_covariance,
-    merged_parts,
     precondition,
 )
 from actors.store import Artifact, Store
+from influence.correction import CorrectionSums, owned_part
+from influence.covariance import CovarianceSums, block_slices
 from influence.eigenbasis import eigenbasis
-from influence.layers import TrackedLayer
+from influence.layers import LayerSelection, TrackedLayer
 
 OUTPUTS, COLUMNS = 5, 7
 LAYER = TrackedLayer("mlp.up", ("mlp.up",), COLUMNS - 1, OUTPUTS, True, False, "mlp.up")
@@ -43,34 +54,47 @@ def folder(store: Store, kind: str) -> Artifact:
     return store.folder(kind, f"{kind:0<64}"[:64])
 
 
+def parts(output: Artifact, *ranks: int) -> Parts:
+    return Parts(output, [(f"parts/group-{group}", count) for group, count in enumerate(ranks)], 0)
+
+
 def test_parts_are_added_in_float64_in_the_order_of_groups(store: Store):
     output = folder(store, "covariance")
-    parts = [torch.tensor([value], dtype=torch.float32) for value in (1e8, 1.0, -1e8, 3.0)]
-    for group, part in enumerate(parts):
-        output.write_tensors(f"{part_folder(group)}/bundle-01.safetensors", {"x": part, "y": part[:0]})
-    total = merged_parts(output, len(parts), 1)
-    assert total["x"].dtype == torch.float64
-    assert total["x"].tolist() == [4.0]  # float32 would have lost the 1
-    assert total["y"].shape == (0,)
+    for group, value in enumerate((1e8, 1.0, -1e8, 3.0)):
+        tensors = {f"{key}/0.0": torch.full((size, size), value) for key, size in FACTORS.items()}
+        output.write_tensors(part_file(f"parts/group-{group}", 0, 0), tensors)
+    merge_covariance(parts(output, 1, 1, 1, 1), [LAYER], 1, dict.fromkeys(FACTORS, 1))
+    mean = output.read_tensors("gradient/mlp.up.safetensors")["mean/0"]
+    assert mean.dtype == torch.float64
+    assert bool((mean == 4.0).all())  # float32 would have lost the 1
 
 
-def test_covariance_is_the_mean_over_rows_and_stored_once_for_a_shared_input(store: Store):
+FACTORS = {"activation/mlp.up": COLUMNS, "gradient/mlp.up": OUTPUTS}
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 3)])
+def test_covariance_is_the_mean_over_rows_and_stored_once_for_a_shared_input(store: Store, ranks: tuple[int, ...]):
     output = folder(store, "covariance")
     rows_NI, rows_NO = noise(11, COLUMNS), noise(11, OUTPUTS, seed=1)
+    selection = LayerSelection((LAYER, FOLLOWER), (), 1)
     for group, rows in enumerate((slice(0, 4), slice(4, 11))):
         a_NI, s_NO = rows_NI[rows], rows_NO[rows]
-        sums = {"activation/mlp.up/0": a_NI.T @ a_NI, "gradient/mlp.up/0": s_NO.T @ s_NO}
-        sums |= {"gradient/mlp.gate/0": 4 * s_NO.T @ s_NO}
-        output.write_tensors(
-            f"{part_folder(group)}/bundle-00.safetensors", {key: value.triu() for key, value in sums.items()}
-        )
+        for rank in range(ranks[group]):
+            sums = CovarianceSums.empty(selection, 2, torch.float64, "cpu", rank, ranks[group])
+            sums.activation["mlp.up"].add(a_NI, len(a_NI), torch.float64)
+            sums.gradient["mlp.up"].add(s_NO, len(s_NO), torch.float64)
+            sums.gradient["mlp.gate"].add(2 * s_NO, len(s_NO), torch.float64)
+            tensors, _ = covariance_tensors(sums, selection.layers)
+            output.write_tensors(part_file(f"parts/group-{group}", rank, 0), tensors)
     rows = {"activation/mlp.up": 11, "gradient/mlp.up": 11, "gradient/mlp.gate": 11}
-    merge_covariance(output, 2, 0, [LAYER, FOLLOWER], rows)
+    merge_covariance(parts(output, *ranks), [LAYER, FOLLOWER], 2, rows)
     found = [name for name in output.list() if not name.startswith("parts/")]
     assert found == ["activation/mlp.up.safetensors", "gradient/mlp.gate.safetensors", "gradient/mlp.up.safetensors"]
     expected = {"activation/mlp.up": rows_NI.T @ rows_NI / 11, "gradient/mlp.gate": 4 * rows_NO.T @ rows_NO / 11}
     for name, matrix in expected.items():
-        torch.testing.assert_close(output.read_tensors(f"{name}.safetensors")["mean/0"], matrix)
+        written = output.read_tensors(f"{name}.safetensors")
+        for index, block in enumerate(block_slices(len(matrix), 2)):
+            torch.testing.assert_close(written[f"mean/{index}"], matrix[block, block])
         assert output.read_metadata(f"{name}.safetensors") == {"rows": "11"}
 
 
@@ -93,23 +117,28 @@ def test_a_factor_that_is_not_finite_is_named(store: Store):
         decompose(folder(store, "eigenbasis"), covariance, "gradient/mlp.up", torch.float32)
 
 
+@pytest.mark.parametrize("ranks", [(1, 1, 1), (2, 1, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_correction_is_the_mean_over_sequences(store: Store, dtype: torch.dtype):
+def test_correction_is_the_mean_over_sequences(store: Store, dtype: torch.dtype, ranks: tuple[int, ...]):
     output = folder(store, "correction")
-    parts = [noise(OUTPUTS, COLUMNS, seed=seed).square() for seed in range(3)]
-    for group, part in enumerate(parts):
-        output.write_tensors(f"{part_folder(group)}/bundle-00.safetensors", {LAYER.name: part.to(dtype)})
-    merge_correction(output, 3, 0, [LAYER], 20, dtype)
+    sums = [noise(OUTPUTS, COLUMNS, seed=seed).square() for seed in range(3)]
+    for group, whole in enumerate(sums):
+        for rank in range(ranks[group]):
+            mine = CorrectionSums({LAYER.name: whole[owned_part(LAYER, rank, ranks[group])].to(dtype).contiguous()})
+            tensors = correction_tensors(mine, [LAYER], rank, ranks[group])
+            output.write_tensors(part_file(f"parts/group-{group}", rank, 0), tensors)
+    merge_correction(parts(output, *ranks), [LAYER], 20, dtype)
     mean = output.read_tensors(layer_file(LAYER.name))["correction"]
     assert mean.dtype == dtype
-    torch.testing.assert_close(mean.double(), sum(parts) / 20, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean.double(), sum(sums) / 20, rtol=1e-6, atol=0)
 
 
 def test_a_correction_that_is_not_finite_is_named(store: Store):
     output = folder(store, "correction")
-    output.write_tensors(f"{part_folder(0)}/bundle-00.safetensors", {LAYER.name: torch.full((2, 2), float("inf"))})
+    broken = torch.full((OUTPUTS, COLUMNS), float("inf"))
+    output.write_tensors(part_file("parts/group-0", 0, 0), {f"{LAYER.name}/0.0": broken})
     with pytest.raises(ValueError, match=r"correction of layer mlp\.up holds values that are not finite"):
-        merge_correction(output, 1, 0, [LAYER], 2, torch.float32)
+        merge_correction(parts(output, 1), [LAYER], 2, torch.float32)
 
 
 @pytest.fixture

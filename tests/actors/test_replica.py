@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from actors.errors import BadRecord, ConfigError, WhenceError
-from actors.factors import layer_file, part_folder
+from actors.errors import BadRecord, Cancelled, MemoryRanOut, WhenceError
+from actors.factors import covariance_tensors, layer_file, part_file
 from actors.replica import COVARIANCE_PASS, Replica, out_of_memory
-from actors.store import Store
+from actors.store import Artifact, Store
 from actors.tasks import GroupTask, QueryTask, ReplicaSpec, ScanTask
 from conf.schema import ClusterConfig, Dtype, Labels, Measurement, ModelConfig, ScanConfig
 from influence.batch import Batch
@@ -24,7 +24,8 @@ from influence.labels import SampledLabels
 from influence.measurement import MeasuredQuery
 from influence.scoring import LayerQueries
 from influence.worker import NonFiniteSequences, Worker
-from tests.integration.world import VOCABULARY, World, write_sequences
+from tests.integration.world import VOCABULARY, World, write_candidates, write_sequences
+from tests.ranks import ThreadExchange, on_ranks
 
 RANDOM = np.random.default_rng(1)
 ROWS = [RANDOM.integers(2, VOCABULARY, size=length).tolist() for length in (3, 9, 2, 12, 7, 7, 5, 1, 12, 4)]
@@ -53,23 +54,23 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def group(store: Store) -> GroupTask:
+def corpus(store: Store) -> Artifact:
+    return write_sequences(store, ROWS, shard=4)
+
+
+@pytest.fixture
+def group(replica: Replica, store: Store, corpus: Artifact) -> GroupTask:
     """Eight of the ten sequences."""
-    output = store.folder("covariance", "c" * 64)
-    return GroupTask(output, 3, (0, 1, 2, 4, 5, 6, 7, 9), write_sequences(store, ROWS, shard=4), Labels.sampled, seed=5)
+    output, names = store.folder("covariance", "c" * 64), tuple(layer.name for layer in replica.selection.layers)
+    return GroupTask(output, "parts/x/group-0003", 3, names, (0, 1, 2, 4, 5, 6, 7, 9), corpus, Labels.sampled, seed=5)
 
 
 def done_of(task: GroupTask) -> dict:
-    return task.output.read_json(f"{part_folder(task.group)}/done.json")
+    return task.output.read_json(f"{task.folder}/done.json")
 
 
 def sums_of(task: GroupTask) -> dict[str, torch.Tensor]:
-    return task.output.read_tensors(f"{part_folder(task.group)}/bundle-00.safetensors")
-
-
-def test_a_gang_of_ranks_is_refused_by_name(spec: ReplicaSpec):
-    with pytest.raises(ConfigError, match=r"cluster\.world_size=2: .* set cluster\.world_size=1"):
-        Replica(replace(spec, cluster=ClusterConfig(world_size=2)))
+    return task.output.read_tensors(part_file(task.folder, 0, 0))
 
 
 def test_a_part_holds_the_sums_of_its_sequences(replica: Replica, group: GroupTask):
@@ -79,9 +80,10 @@ def test_a_part_holds_the_sums_of_its_sequences(replica: Replica, group: GroupTa
         batch = Batch.collate([number], [ROWS[number]])
         replica.worker.accumulate_covariance(batch, SampledLabels(5, COVARIANCE_PASS), sums)
     stored = sums_of(group)
-    for layer in replica.selection.layers:
-        torch.testing.assert_close(stored[f"gradient/{layer.name}/0"], sums.gradient[layer.name].blocks[0])
-        torch.testing.assert_close(stored[f"activation/{layer.name}/0"], sums.activation[layer.name].blocks[0])
+    expected, _ = covariance_tensors(sums, replica.selection.layers)
+    assert stored.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(stored[name], value)
     predicted = sum(len(ROWS[number]) - 1 for number in group.sequence_ids)
     done = done_of(group)
     assert (done["sequences"], done["tokens"], done["excluded"]) == (8, predicted, {})
@@ -113,15 +115,15 @@ def test_labels_depend_on_the_seed(replica: Replica, group: GroupTask):
     replica.covariance(replace(group, seed=6))
     name = replica.selection.layers[0].name
     second = sums_of(group)
-    assert torch.equal(first[f"activation/{name}/0"], second[f"activation/{name}/0"])
-    assert not torch.equal(first[f"gradient/{name}/0"], second[f"gradient/{name}/0"])
+    assert torch.equal(first[f"activation/{name}/0.0"], second[f"activation/{name}/0.0"])
+    assert not torch.equal(first[f"gradient/{name}/0.0"], second[f"gradient/{name}/0.0"])
 
 
 def only_up_to(limit: int, given: Any, error: BaseException) -> Any:
-    def method(batch: Batch, *rest: Any) -> Any:
+    def method(batch: Batch, *rest: Any, **named: Any) -> Any:
         if len(batch) > limit:
             raise error
-        return given(batch, *rest)
+        return given(batch, *rest, **named)
 
     return method
 
@@ -171,7 +173,8 @@ def test_sequences_that_are_not_finite_are_left_out_of_the_sums(
     replica: Replica, group: GroupTask, monkeypatch: pytest.MonkeyPatch
 ):
     bad = {1: "the loss is not finite", 6: "the gradient at layer x is not finite"}
-    replica.covariance(replace(group, sequence_ids=tuple(n for n in group.sequence_ids if n not in bad), group=4))
+    without = replace(group, sequence_ids=tuple(n for n in group.sequence_ids if n not in bad), folder="parts/x/other")
+    replica.covariance(without)
     given = replica.worker.accumulate_covariance
 
     def fail(batch: Batch, labels: Any, sums: CovarianceSums) -> None:
@@ -185,24 +188,25 @@ def test_sequences_that_are_not_finite_are_left_out_of_the_sums(
     assert report.excluded == bad
     assert done_of(group)["excluded"] == {str(number): why for number, why in bad.items()}
     assert done_of(group)["sequences"] == 6
-    expected = sums_of(replace(group, group=4))
+    expected = sums_of(without)
     for key, value in sums_of(group).items():
         torch.testing.assert_close(value, expected[key])
 
 
 @pytest.fixture
-def scan(replica: Replica, store: Store) -> ScanTask:
+def scan(replica: Replica, store: Store, corpus: Artifact) -> ScanTask:
     """Candidates 1, 3, 4, 8 and 9 of two queries that are noise."""
-    candidates, queries = store.folder("candidates", "d" * 64), store.folder("queries", "e" * 64)
-    rows = {"sequence_id": [1, 3, 3, 4, 8, 9], "feed": ["bm25", "bm25", "unfiltered", "unfiltered", "bm25", "bm25"]}
-    candidates.write_table("candidates.parquet", pa.table(rows))
+    queries = store.folder("queries", "e" * 64)
+    feeds = ["bm25", "bm25", "unfiltered", "unfiltered", "bm25", "bm25"]
+    rows = [(None, number, feed, None) for number, feed in zip([1, 3, 3, 4, 8, 9], feeds, strict=True)]
+    candidates = write_candidates(store, rows, block=4)
     generator = torch.Generator().manual_seed(0)
     for layer in replica.selection.layers:
         dense_QOI = torch.randn(2, layer.outputs, layer.columns, generator=generator, dtype=torch.float64)
         queries.write_tensors(layer_file(layer.name), {"dense": dense_QOI})
     queries.write_json("queries.json", [{"query_id": "a"}, {"query_id": "b"}])
-    output, sequences = store.folder("scores", "f" * 64), write_sequences(store, ROWS, shard=4)
-    return ScanTask(output, 6, 3, 10, 4, sequences, candidates, queries)
+    output = store.folder("scores", "f" * 64)
+    return ScanTask(output, 6, 3, 10, 4, corpus, candidates, queries)
 
 
 def held_queries(replica: Replica, scan: ScanTask) -> dict[str, LayerQueries]:
@@ -238,8 +242,8 @@ def test_scores_that_are_not_finite_are_left_out_by_name(
 ):
     given = replica.worker.scores
 
-    def fail(batch: Batch, *rest: Any) -> Any:
-        block = given(batch, *rest)
+    def fail(batch: Batch, *rest: Any, **named: Any) -> Any:
+        block = given(batch, *rest, **named)
         for row, number in enumerate(batch.sequence_ids.tolist()):
             if number in broken:
                 block.scores_BQ[row, 1] = float("inf")
@@ -291,3 +295,98 @@ def test_a_query_that_is_not_finite_is_refused_by_name(replica: Replica, store: 
     monkeypatch.setattr(Worker, "token_factors", fail)
     with pytest.raises(BadRecord, match="query 'query 0' cannot be traced: the measurement is not finite"):
         replica.query_gradients(gradients_task(store, MeasuredQuery.of([5], [8])))
+
+
+def test_a_pass_sums_its_own_layers_alone(replica: Replica, group: GroupTask):
+    replica.covariance(group)
+    whole = sums_of(group)
+    for number, layer in enumerate(replica.selection.layers):
+        task = replace(group, layers=(layer.name,), folder=f"parts/{number}")
+        replica.covariance(task)
+        part = sums_of(task)
+        assert {key.split("/")[1] for key in part} == {layer.name}
+        assert all(torch.equal(whole[key], value) for key, value in part.items())
+
+
+def test_sequences_that_another_pass_set_aside_are_left_out(replica: Replica, group: GroupTask):
+    kept = tuple(number for number in group.sequence_ids if number != 4)
+    replica.covariance(replace(group, sequence_ids=kept))
+    expected = sums_of(group)
+    report = replica.covariance(replace(group, excluded={4: "the gradient at layer x is not finite"}))
+    assert report.excluded == {4: "the gradient at layer x is not finite"}
+    assert all(torch.equal(expected[key], value) for key, value in sums_of(group).items())
+
+
+@pytest.mark.parametrize("method", ["covariance", "scan"])
+def test_a_task_that_is_called_off_commits_nothing(replica: Replica, group: GroupTask, scan: ScanTask, method: str):
+    replica.cancelled = True
+    task = group if method == "covariance" else scan
+    with pytest.raises(Cancelled):
+        getattr(replica, method)(task)
+    assert task.output.list() == []
+
+
+def on_gang(size: int, spec: ReplicaSpec, *calls: tuple[str, Any]) -> list[list[Any]]:
+    replicas = [Replica(spec) for _ in range(size)]  # each with a whole model: what is sharded here is the work
+
+    def run(exchange: ThreadExchange) -> list[Any]:
+        replica = replicas[exchange.rank]
+        replica.exchange = replica.worker.exchange = exchange
+        replica._queries._exchange = replica._bases._exchange = exchange
+        return [getattr(replica, method)(task) for method, task in calls]
+
+    return on_ranks(size, run)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_commit_together_what_one_process_commits(
+    spec: ReplicaSpec, replica: Replica, group: GroupTask, scan: ScanTask, store: Store, size: int
+):
+    query = gradients_task(store, *(MeasuredQuery.of([5, 6, number], [8, 9]) for number in range(3)))
+    replica.covariance(group)
+    replica.scan(scan)
+    replica.query_gradients(query)
+    expected = sums_of(group)
+    scores = scan.output.read_table("shard-000006.parquet").column("scores").to_pylist()
+    names = [name for name in query.output.list() if name.startswith("layers/")]
+    gradients = {name: query.output.read_tensors(name) for name in names}
+    reports = on_gang(size, spec, ("covariance", group), ("scan", scan), ("query_gradients", query))
+    assert all(done[0].sequences == 8 and done[1].sequences == 4 for done in reports)
+    assert done_of(group)["ranks"] == size
+    found: dict[str, torch.Tensor] = {}
+    for rank in range(size):
+        part = group.output.read_tensors(part_file(group.folder, rank, 0))
+        assert not found.keys() & part.keys()
+        found |= part
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)
+    again = scan.output.read_table("shard-000006.parquet").column("scores").to_pylist()
+    np.testing.assert_allclose(again, scores, rtol=1e-9)
+    for name, tensors in gradients.items():
+        written = query.output.read_tensors(name)
+        assert written.keys() == tensors.keys()
+        for key, value in tensors.items():
+            torch.testing.assert_close(written[key], value)
+
+
+def test_queries_larger_than_the_memory_of_a_rank_are_shared(spec: ReplicaSpec, replica: Replica, scan: ScanTask):
+    replica.scan(scan)
+    scores = scan.output.read_table("shard-000006.parquet").column("scores").to_pylist()
+    small = replace(spec, cluster=replace(spec.cluster, memory_per_rank=1))
+    on_gang(2, small, ("scan", scan))
+    again = scan.output.read_table("shard-000006.parquet").column("scores").to_pylist()
+    np.testing.assert_allclose(again, scores, rtol=1e-9)
+
+
+def test_memory_that_runs_out_on_a_rank_ends_the_task_for_the_gang(
+    spec: ReplicaSpec, group: GroupTask, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(self: Worker, batch: Batch, *_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Worker, "accumulate_covariance", fail)
+    with pytest.raises(MemoryRanOut, match="a micro-batch of 3 sequences a rank") as caught:
+        on_gang(2, spec, ("covariance", group))
+    assert caught.value.batch_size == 3
+    assert group.output.list() == []

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from actors.errors import BadRecord, ChecksumError
-from actors.sequences import MemorySequences, StoredSequences, candidate_rows
+from actors.sequences import MemorySequences, StoredSequences, candidate_ids, candidate_rows, proposals, read_candidates
 from actors.store import Artifact, Store
-from tests.integration.world import write_sequences
+from tests.integration.world import write_candidates, write_sequences
 
 ROWS = [[number] * (1 + number % 4) for number in range(23)]
 
@@ -61,28 +60,56 @@ def test_sequences_in_memory_are_the_double(sequences: Artifact):
     assert all(np.array_equal(*pair) for pair in pairs)
 
 
-def test_feeds_of_candidates(tmp_path: Path):
-    rows = [  # sorted by sequence, as the stage writes them
-        ("one", 2, "bm25"),
-        ("two", 2, "bm25"),
-        (None, 3, "unfiltered"),
-        ("two", 5, "bm25"),
-        (None, 5, "unfiltered"),
-        (None, 8, "unfiltered"),
-        ("one", 9, "bm25"),
-    ]
-    table = pa.table(dict(zip(("query_id", "sequence_id", "feed"), map(list, zip(*rows, strict=True)), strict=True)))
-    artifact = Store(str(tmp_path / "store")).folder("candidates", "0" * 64)
-    artifact.write_table("candidates.parquet", table, row_group_size=2)
+CANDIDATES = [  # sorted by sequence, as the stage writes them
+    ("one", 2, "bm25", 0.5),
+    ("two", 2, "bm25", 0.7),
+    (None, 3, "unfiltered", None),
+    ("two", 5, "bm25", 1.5),
+    (None, 5, "unfiltered", None),
+    (None, 8, "unfiltered", None),
+    ("one", 9, "bm25", 0.25),
+    (None, 9, "unfiltered", None),
+    ("one", 25, "bm25", 2.0),
+]
 
+
+@pytest.fixture(params=[3, 10, 100])
+def candidates(request: pytest.FixtureRequest, tmp_path: Path) -> Artifact:
+    """In files of 3, 10 or 100 sequence ids, in row groups of two rows."""
+    return write_candidates(Store(str(tmp_path / "store")), CANDIDATES, block=request.param, row_group=2)
+
+
+def test_feeds_of_candidates(candidates: Artifact):
     def found(first: int, stop: int) -> dict[int, str]:
-        ids, feeds = candidate_rows(artifact, first, stop)
+        ids, feeds = candidate_rows(candidates, first, stop)
         assert ids.tolist() == sorted(set(ids.tolist()))
         return dict(zip(ids.tolist(), feeds, strict=True))
 
-    everything = {2: "bm25", 3: "unfiltered", 5: "both", 8: "unfiltered", 9: "bm25"}
+    everything = {2: "bm25", 3: "unfiltered", 5: "both", 8: "unfiltered", 9: "both", 25: "bm25"}
     assert found(0, 100) == everything
     assert found(3, 9) == {number: feed for number, feed in everything.items() if 3 <= number < 9}
     assert found(5, 6) == {5: "both"}
     assert found(6, 8) == {}
     assert found(50, 60) == {}
+
+
+def test_bm25_scores_are_those_of_the_query_itself(candidates: Artifact):
+    assert proposals(candidates, "one", [9, 2, 3, 50]) == {2: 0.5, 9: 0.25}
+    assert proposals(candidates, "one", [3]) == {}
+    assert proposals(candidates, "two", [2, 9]) == {2: 0.7}
+    assert proposals(candidates, "three", [2, 9]) == {}
+
+
+def test_what_is_asked_for_is_all_that_is_opened(candidates: Artifact, monkeypatch: pytest.MonkeyPatch):
+    opened = []
+    given = Artifact.open_parquet
+    monkeypatch.setattr(Artifact, "open_parquet", lambda self, name: opened.append(name) or given(self, name))
+    assert candidate_rows(candidates, 25, 26)[0].tolist() == [25]
+    assert proposals(candidates, "one", [25]) == {25: 2.0}
+    assert len(set(opened)) == 1
+
+
+def test_the_whole_table_is_read_in_order(candidates: Artifact):
+    assert [tuple(row.values()) for row in read_candidates(candidates).to_pylist()] == CANDIDATES
+    files = candidates.read_json("index.json")["files"]
+    assert [len(candidate_ids(candidates, file["name"])) for file in files] == [file["sequences"] for file in files]
