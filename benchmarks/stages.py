@@ -177,7 +177,7 @@ def stages(case: Case) -> Iterator[Measured]:
             worker.accumulate_covariance(batch, labels, sums)
 
     extra = sum(cost.covariance_flops(*_positions(case, layer), blocks) for layer in layers)
-    yield Measured("covariance", _flops(case, extra), {"sums": cost.covariance_numbers(layers, blocks)}, covariance)
+    yield Measured("covariance", _flops(case, extra), {"sums": cost.strip_numbers(layers, blocks)}, covariance)
 
     bases = _random_bases(case, precision.product)
 

@@ -21,7 +21,10 @@ from typing import Any
 from conf import schema
 
 FOLDER = Path(__file__).parent
-GROUPS = ("model", "corpus", "factors", "queries", "prefilter", "unfiltered", "scan", "cluster", "report", "experiment")
+GROUPS = (
+    *("model", "corpus", "factors", "queries", "prefilter", "unfiltered"),
+    *("scan", "cluster", "report", "plan", "experiment"),
+)
 PATHS = ("model.path", "corpus.path", "queries.path")  # without these there is nothing to trace
 
 

@@ -21,33 +21,45 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.keys import FOLDER, GROUPS, group_classes
 from conf.overrides import check_overrides, override_strings
 from conf.problems import ConfigProblems, Problem
-from conf.schema import MISSING, RunConfig, plain
+from conf.schema import MISSING, RunConfig, cores, plain
 from conf.validate import build
 
 __all__ = ["ConfigProblems", "check_command", "compose_config", "override_strings", "register", "to_config"]
 
 
 def register() -> None:
-    """Tell Hydra the schema's keys with their defaults, and OmegaConf where the files of this package are."""
+    """Tell Hydra the schema's keys with their defaults, and OmegaConf what the config files ask for."""
     ConfigStore.instance().store(name="whence_schema", node=plain(RunConfig()), provider="whence")
     OmegaConf.register_new_resolver("whence.conf", lambda file: str(FOLDER / file), replace=True)
+    OmegaConf.register_new_resolver("whence.sweep_cpus", _sweep_cpus, replace=True)
+
+
+def _sweep_cpus(jobs: int, *, _root_: DictConfig) -> int | None:
+    """CPUs that a Ray of a sweep's own promises, for so many jobs side by side; None where Ray is there already."""
+    cluster = _root_.cluster
+    if cluster.address != "local" or cluster.num_cpus is not None:
+        return cluster.num_cpus if cluster.address == "local" else None
+    return jobs * cluster.max_replicas * cluster.world_size * cluster.cpus_per_rank + cores()
 
 
 register()
 
 
-def compose_config(overrides: Sequence[str] = (), *, complete: bool = True, config_dir: str | None = None) -> RunConfig:
+def compose_config(
+    overrides: Sequence[str] = (), *, complete: bool = True, config_dir: str | None = None, planned: bool = False
+) -> RunConfig:
     """Compose a run's config without `hydra.main`: the Python API's way in.
 
     Args:
         overrides: As on the command line, `["experiment=tinystories", "queries.rank=16"]`.
         complete: Whether model, corpus and queries must be given and, on this machine, be there.
         config_dir: A folder of further options, such as one's own experiments.
+        planned: Whether nothing will be run, so that `plan.sequences` and `plan.queries` stand in for files.
 
     Raises:
         ConfigProblems: With everything that is wrong, each with its key, its value and what is allowed.
     """
-    return check_command(overrides, complete=complete, config_dir=config_dir)[0]
+    return check_command(overrides, complete=complete, config_dir=config_dir, planned=planned)[0]
 
 
 def check_command(
@@ -57,6 +69,7 @@ def check_command(
     complete: bool = True,
     config_dir: str | None = None,
     config_name: str = "config",
+    planned: bool = False,
 ) -> list[RunConfig]:
     """Compose and validate every job that a command line asks for, before any of them starts.
 
@@ -72,7 +85,7 @@ def check_command(
     for job in checked.jobs:
         try:
             composed = _composed(job, folders, config_name)
-            configs.append(to_config(composed, complete=complete and not checked.partial))
+            configs.append(to_config(composed, complete=complete and not checked.partial, planned=planned))
         except ConfigProblems as error:
             problems += error.problems
     if problems:
@@ -81,13 +94,14 @@ def check_command(
     return configs
 
 
-def to_config(cfg: DictConfig, *, complete: bool = True, cwd: str | None = None) -> RunConfig:
+def to_config(cfg: DictConfig, *, complete: bool = True, cwd: str | None = None, planned: bool = False) -> RunConfig:
     """Turn Hydra's tree into the typed config, with all validation.
 
     Args:
         cfg: The composed tree; its `hydra` node is ignored.
         complete: Whether model, corpus and queries must be given and, on this machine, be there.
         cwd: The folder that relative paths start from; the current one if None.
+        planned: Whether nothing will be run, so that `plan.sequences` and `plan.queries` stand in for files.
 
     Raises:
         ConfigProblems: With everything that is wrong.
@@ -95,7 +109,7 @@ def to_config(cfg: DictConfig, *, complete: bool = True, cwd: str | None = None)
     problems: list[Problem] = []
     settings = dict(_settings(cfg, problems))
     try:
-        config = build(settings, complete=complete, cwd=cwd or os.getcwd())
+        config = build(settings, complete=complete, cwd=cwd or os.getcwd(), planned=planned)
     except ConfigProblems as error:
         named = {key for problem in problems for key in problem.keys}
         raise ConfigProblems([*problems, *(p for p in error.problems if not named & set(p.keys))]) from error

@@ -78,6 +78,14 @@ class Offload(Enum):
     nvme = "nvme"
 
 
+class Gpu(Enum):
+    """A GPU whose data sheet a plan counts with."""
+
+    a100 = "A100"
+    h100 = "H100"
+    h200 = "H200"
+
+
 class Contraction(Enum):
     """How training gradients meet queries: two thin products, one formed gradient, or the cheaper of them."""
 
@@ -218,6 +226,25 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What `whence plan` takes for files and machines that are not at hand; a trace does not read it."""
+
+    sequences: int | None = None  # of a corpus that nobody has; None reads corpus.path
+    queries: int | None = None  # that nobody has; None reads queries.path
+    query_tokens: int = 64  # of each of plan.queries, prompt and completion
+    gpu: Gpu | None = None  # of every rank with a GPU; None is the one of this machine, or an A100
+    utilisation: float = 0.4  # share of a GPU's peak that products are taken to reach
+    ranks_per_node: int = 8  # a replica of more ranks spans nodes
+    link_utilisation: float = 0.7  # share of the GPUs' own link that exchanges inside a node are taken to reach
+    link_bytes: float | None = None  # a second that a rank receives inside a node; None is the GPU's data sheet
+    network_bytes: float = 12.5e9  # a second that a node receives from other nodes
+    store_bytes: float = 1e9  # a second that a node reads from or writes to the store
+    cpus: int | None = None  # of the whole cluster, for decompositions and IHVPs; None is the replicas' own
+    cpu_flops: float | None = None  # a second of one CPU in float64; None times products and decompositions here
+    memory_per_rank: int | None = None  # bytes of a rank's device; None is the GPU's data sheet
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -233,6 +260,7 @@ class RunConfig:
     scan: ScanConfig = field(default_factory=ScanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def plain(value: object) -> object:

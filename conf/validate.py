@@ -6,7 +6,7 @@ import glob
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -50,6 +50,7 @@ def _is_rank(value: str) -> bool:
 
 FOLDER_NAME = Limit("letters, digits and . _ -", lambda value: re.fullmatch(r"\w[\w.-]*", value) is not None)
 NOT_EMPTY = Limit("not empty", lambda value: bool(value.strip()))
+SHARE = Limit("above 0 and at most 1", lambda value: 0 < value <= 1)
 SEED = Limit("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 
 LIMITS: Mapping[str, Limit] = {
@@ -71,7 +72,7 @@ LIMITS: Mapping[str, Limit] = {
     "factors.groups": at_least(1),
     "queries.path": NOT_EMPTY,
     "queries.rank": Limit("a whole number of at least 1, or full", _is_rank),
-    "queries.fidelity": Limit("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "queries.fidelity": SHARE,
     "queries.fidelity_sample": at_least(0),
     "prefilter.top": at_least(1),
     "prefilter.k1": at_least(0),
@@ -99,6 +100,18 @@ LIMITS: Mapping[str, Limit] = {
     "cluster.num_cpus": at_least(1),
     "cluster.progress_seconds": above(0),
     "report.sequences": at_least(1),
+    "plan.sequences": at_least(1),
+    "plan.queries": at_least(1),
+    "plan.query_tokens": at_least(2),
+    "plan.utilisation": SHARE,
+    "plan.ranks_per_node": at_least(1),
+    "plan.link_utilisation": SHARE,
+    "plan.link_bytes": above(0),
+    "plan.network_bytes": above(0),
+    "plan.store_bytes": above(0),
+    "plan.cpus": at_least(1),
+    "plan.cpu_flops": above(0),
+    "plan.memory_per_rank": at_least(1),
 }
 
 NAMES: Mapping[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -166,13 +179,14 @@ def _read_scalar(kind: type, value: object) -> Any:
     return int(value) if value == int(value) else None  # type: ignore[call-overload]
 
 
-def build(settings: Mapping[str, object], *, complete: bool, cwd: str) -> RunConfig:
+def build(settings: Mapping[str, object], *, complete: bool, cwd: str, planned: bool = False) -> RunConfig:
     """Make the typed config from settings by key, or say everything that is wrong with them.
 
     Args:
         settings: Values by full key, `factors.blocks`; a key that is absent takes the schema's default.
         complete: Whether model, corpus and queries must be given and, on this machine, be there.
         cwd: The folder that relative paths start from.
+        planned: Whether nothing will be run, so that `plan.sequences` and `plan.queries` stand in for files.
 
     Raises:
         ConfigProblems: With every problem.
@@ -188,8 +202,11 @@ def build(settings: Mapping[str, object], *, complete: bool, cwd: str) -> RunCon
             problems.append(Problem(f"{name}={written(settings[name])}", str(error), (name,)))
     wrong = {name for problem in problems for name in problem.keys}
     config = _assemble(_absolute_paths(values, cwd))
-    rules = (*RULES, *(COMPLETE if complete else ()))
-    problems += [found for rule in rules for found in rule(config) if not wrong & set(found.keys)]
+    problems += [found for rule in RULES for found in rule(config) if not wrong & set(found.keys)]
+    needed = [path for path in PATHS if not (planned and _stood_in(config, path))] if complete else []
+    problems += [found for found in _paths(config, needed) if not wrong & set(found.keys)]
+    reach = _store_in_reach(config, values["store"]) if complete and not planned else ()
+    problems += [found for found in reach if not wrong & set(found.keys)]
     if problems:
         raise ConfigProblems(problems)
     return config
@@ -262,23 +279,23 @@ def _offload_has_a_place(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.offload=nvme", reason, ("model.offload", "model.offload_path"))
 
 
-def _paths_given(config: RunConfig) -> Iterator[Problem]:
-    for name, path in zip(PATHS, (config.model.path, config.corpus.path, config.queries.path), strict=True):
+def _stood_in(config: RunConfig, path: str) -> bool:
+    """Whether a number stands in for a file."""
+    numbers = {"corpus.path": config.plan.sequences, "queries.path": config.plan.queries}
+    return numbers.get(path) is not None
+
+
+def _paths(config: RunConfig, needed: Iterable[str]) -> Iterator[Problem]:
+    """Paths that are not given; and those on this machine that are not there: a cluster's are for its nodes to find."""
+    paths = {name: getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) for name in needed}
+    for name, path in paths.items():
         if path == MISSING:
             reason = f"must be given: {keys()[name].meaning}. For example {name}=..., or an experiment that sets it"
             yield Problem(name, reason, (name,))
-
-
-def _paths_exist(config: RunConfig) -> Iterator[Problem]:
-    """Paths on this machine; those of a cluster are for its nodes to find."""
     if config.cluster.address != "local":
         return
-    paths = {
-        "model.path": config.model.path,
-        "model.tokenizer": config.model.tokenizer,
-        "corpus.path": config.corpus.path,
-        "queries.path": config.queries.path,
-    }
+    if "model.path" in paths:
+        paths["model.tokenizer"] = config.model.tokenizer
     for name, path in paths.items():
         if path in (None, MISSING) or "://" in path or (name.startswith("model.") and not _looks_local(path)):
             continue
@@ -286,6 +303,16 @@ def _paths_exist(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{name}={path}", f"nothing is there. Allowed: {keys()[name].meaning}", (name,))
 
 
+def _store_in_reach(config: RunConfig, given: str) -> Iterator[Problem]:
+    """A store below the current folder, where nodes elsewhere write; and a job's current folder goes away with it."""
+    absolute = "://" in given or os.path.isabs(os.path.expanduser(given))
+    if config.cluster.address != "local" and not absolute:
+        reason = (
+            "is a folder below the current one, which neither other nodes nor the next job will find. Allowed: a full "
+            "path on a disk that all nodes share, or a URI such as s3://bucket/whence"
+        )
+        yield Problem(f"store={given}", reason, ("store",))
+
+
 Rule = Callable[[RunConfig], Iterator[Problem]]
 RULES: tuple[Rule, ...] = (_something_to_scan, _cpus_suffice, _replicas_in_order, _offload_has_a_place)
-COMPLETE: tuple[Rule, ...] = (_paths_given, _paths_exist)

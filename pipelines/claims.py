@@ -123,19 +123,22 @@ class Claims:
         self._folder = CheckedFolder(store.uri, FOLDER)
         self._heartbeat, self._dead_after, self._poll, self._settle = heartbeat, dead_after, poll, settle
 
-    def acquire(self, artifact: Artifact, done: Callable[[], bool]) -> Claim | None:
+    def acquire(
+        self, artifact: Artifact, done: Callable[[], bool], waiting: Callable[[float], None] = lambda seconds: None
+    ) -> Claim | None:
         """Wait until this process holds the claim on an artifact, or another has finished it.
 
         Args:
             artifact: What is to be computed.
             done: Whether it is finished.
+            waiting: Called now and then while another holds it, with the seconds since the first look.
 
         Returns:
             The claim, already beating, or None once `done()`.
         """
         name = f"{artifact.kind}-{artifact.fingerprint[:16]}.json"
         seen: Holder | None = None
-        since = time.monotonic()
+        began = since = time.monotonic()
         while not done():
             holder = self._read(name)
             now = time.monotonic()
@@ -147,6 +150,7 @@ class Claims:
             if seen is None or seen.token != holder.token:
                 logger.info("%s is being computed by %s; waiting for it", artifact.uri, holder)
             seen = holder
+            waiting(now - began)
             time.sleep(self._poll)
         return None
 

@@ -17,23 +17,26 @@ from typing import TYPE_CHECKING
 
 from actors.errors import ConfigError, WhenceError
 from conf.problems import ConfigProblems, did_you_mean
+from pipelines.ending import (
+    FAILED,
+    INTERRUPTED,
+    KEPT,
+    REFUSED,
+    TERMINATED,
+    JobFailed,
+    JobStopped,
+    Terminated,
+    terminable,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-REFUSED = 2  # the command or its configuration is wrong; nothing was started
-FAILED = 1  # the run stopped at an error that has a name
-INTERRUPTED = 130
+
+JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks what a job brings along
+
 
 LOG = logging.getLogger(__name__)
-
-
-class JobStopped(BaseException):
-    """Carries a job's error past Hydra, which would add lines of its own; the error is in the log already."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 def logged(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -65,6 +68,8 @@ def trace_job(cfg: DictConfig) -> None:
 
     from pipelines.tracing import run_trace
 
+    if JOB_FOLDER in runtime.output_dir:
+        LOG.warning("the run's folder goes away with this job: set hydra.run.dir to a folder that stays")
     result = run_trace(config, runtime.output_dir)
     sys.stdout.write(f"{result.table()}\n")
 
@@ -76,7 +81,7 @@ def plan_job(cfg: DictConfig) -> None:
 
     from conf.load import to_config
 
-    config = to_config(cfg, cwd=HydraConfig.get().runtime.cwd)
+    config = to_config(cfg, cwd=HydraConfig.get().runtime.cwd, planned=True)
 
     from pipelines.plan import run_plan
 
@@ -108,6 +113,7 @@ class Verb:
         job: What Hydra runs with the composed config; None for a verb of a later release.
         complete: Whether model, corpus and queries must be given.
         overrides: Put before the user's, which win.
+        compared: Whether a sweep ends with a table of its jobs.
     """
 
     name: str
@@ -115,11 +121,12 @@ class Verb:
     job: Callable[[DictConfig], None] | None = None
     complete: bool = True
     overrides: tuple[str, ...] = ()
+    compared: bool = False
 
 
 NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=whence_console")
 VERBS = (
-    Verb("trace", "find the training sequences with the highest influence on each query", trace_job),
+    Verb("trace", "find the training sequences with the highest influence on each query", trace_job, compared=True),
     Verb(
         "plan", "say what trace would do: steps, cached or not, and their cost; run nothing", plan_job, True, NO_FOLDER
     ),
@@ -136,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the command's own name; those of the process if None.
 
     Returns:
-        The exit status: 0; 1 for an error with a name; 2 for a wrong command or configuration; 130 if interrupted.
+        The exit status: 0; 1 for an error with a name; 2 for a wrong command or configuration; 130 if interrupted,
+        143 if terminated.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if "--version" in words:
@@ -161,18 +169,24 @@ def _execute(verb: Verb, words: list[str]) -> int:
     """Check the configuration of every job, then let Hydra run them."""
     name = f"whence {verb.name}"
     try:
-        _check(verb, words)
-        _run_hydra(verb, words)
+        with terminable():
+            _check(verb, words)
+            _run_hydra(verb, words)
     except ConfigProblems as error:
         count = len(error.problems)
         lines = [f"{count} settings are not allowed; nothing was started."] if count > 1 else []
         lines += [str(problem) for problem in error.problems]
         return _refuse(name, "\n  ".join(lines) + f"\nEvery key and what it means: {name} --help")
     except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: interrupted. What was committed stays; the same command goes on from there.\n")
+        sys.stderr.write(f"{name}: interrupted. {KEPT}\n")
         return INTERRUPTED
+    except Terminated:
+        sys.stderr.write(f"{name}: terminated. {KEPT}\n")
+        return TERMINATED
     except JobStopped as stopped:
         return _status(stopped.error)
+    except JobFailed as failed:
+        return failed.status
     except WhenceError as error:
         sys.stderr.write(f"{name}: {getattr(error, 'cause', error)}\n")
         return _status(error)
@@ -191,6 +205,7 @@ def _check(verb: Verb, words: list[str]) -> None:
         complete=verb.complete and runs,
         config_dir=flags.config_dir,
         config_name=flags.config_name or "config",
+        planned=verb.job is plan_job,
     )
 
 
@@ -217,7 +232,8 @@ def _run_hydra(verb: Verb, words: list[str]) -> None:
     flags = list(words)
     for override in overrides:
         flags.remove(override)
-    job = verb.job if _sweeps(words) else _alone(verb.job)
+    sweeps = verb.compared and _sweeps(words)
+    job = _in_sweep(verb.job) if sweeps else verb.job if _sweeps(words) else _alone(verb.job)
     task = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(job)
     given, sys.argv = sys.argv, ["whence", *flags, f"hydra.job.name={verb.name}", *verb.overrides, *overrides]
     full_error = os.environ.get("HYDRA_FULL_ERROR")
@@ -226,7 +242,12 @@ def _run_hydra(verb: Verb, words: list[str]) -> None:
         task()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigProblems([composition_problem(error)]) from error
+    except SystemExit:
+        sweeps = False  # there are seconds left, if that
+        raise
     finally:
+        if sweeps:
+            _finish_sweep()
         sys.argv = given
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -247,6 +268,28 @@ def _alone(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             raise JobStopped(error) from error
 
     return run
+
+
+def _in_sweep(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """A job of a sweep: it leaves a record for the table; it may run in another process than this one."""
+
+    @functools.wraps(job)
+    def run(cfg: DictConfig) -> None:
+        from pipelines.sweep import recorded
+
+        try:
+            with recorded():
+                job(cfg)
+        except Exception as error:
+            raise JobFailed(str(error), _status(error)) from error  # which is in the log already
+
+    return run
+
+
+def _finish_sweep() -> None:
+    from pipelines.sweep import finish_sweep
+
+    sys.stdout.write(f"\n{finish_sweep()}\n")
 
 
 def _status(error: Exception) -> int:

@@ -12,7 +12,7 @@ from actors.packing import tokenise_part
 from actors.queries import read_queries
 from actors.store import Artifact
 from actors.tokeniser import load_tokeniser, model_limits
-from conf.schema import CorpusFormat, PrefilterKind, RunConfig, UnfilteredKind
+from conf.schema import CorpusFormat, Measurement, PrefilterKind, RunConfig, UnfilteredKind
 
 SAMPLE_BYTES = 1 << 18  # of the corpus's first lines, tokenised to estimate the rest
 BYTES_A_TOKEN = 4  # where no sample can be cut from the file
@@ -39,11 +39,15 @@ class Extent:
 
 
 def corpus_extent(config: RunConfig, sequences: Artifact | None) -> Extent:
-    """Count the sequences of a finished artifact, or estimate them from a sample and the size of the corpus.
+    """Take `plan.sequences`, count those of a finished artifact, or estimate them from a sample of the corpus.
 
     Raises:
         WhenceError: The corpus cannot be used, as far as the sample shows.
     """
+    if config.plan.sequences is not None:
+        count, length = config.plan.sequences, _length(config)
+        how = f"plan.sequences, of {length} tokens each: no corpus was read"
+        return Extent(count, length, how, count * length * BYTES_A_TOKEN)
     if sequences is not None:
         index = sequences.read_json("index.json")
         return Extent(index["sequences"], max(1, round(index["tokens"] / index["sequences"])), "tokenised already")
@@ -107,7 +111,10 @@ def candidate_extent(config: RunConfig, extent: Extent, queries: int, candidates
 
 
 def query_tokens(config: RunConfig) -> tuple[int, ...]:
-    """Positions of each query's pass: both completions of a contrast, padded to the longer."""
+    """Positions of each query's pass: both completions of a contrast, padded to the longer; or those of the plan."""
+    if config.plan.queries is not None:
+        completions = 2 if config.queries.measurement is Measurement.contrast else 1
+        return (completions * config.plan.query_tokens,) * config.plan.queries
     found = []
     for query in read_queries(config):
         ids = [query.input_ids] + ([query.contrast_ids] if query.contrast_ids is not None else [])

@@ -15,11 +15,13 @@ from actors.tokeniser import load_tokeniser, model_limits
 from conf.schema import PrefilterKind, RunConfig, UnfilteredKind, plain
 from influence.solvers import SOLVERS
 from pipelines.stages import (
+    agreement,
     candidates,
     compression,
     correction,
     covariance,
     eigenbasis,
+    fidelity,
     gradients,
     ihvp,
     layers,
@@ -38,9 +40,11 @@ VERSIONS = {
     "correction": 1,
     "gradients": 1,
     "ihvp": 1,
-    "queries": 1,
-    "candidates": 1,
-    "scores": 1,
+    "queries": 2,
+    "fidelity": 1,
+    "candidates": 2,
+    "scores": 2,
+    "agreement": 1,
     "top": 1,
 }
 
@@ -83,28 +87,33 @@ def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple
         _step("ihvp", ("layers", "gradients", *factors), inverse | {"kept": list(ihvp.kept(config.queries))}, ihvp.run),
         _step(
             "queries",
-            ("layers", "sequences", "gradients", "ihvp", *factors),
-            {
-                "rank": config.queries.rank,
-                "fidelity": config.queries.fidelity,
-                "sample": config.queries.fidelity_sample,
-                "seed": config.seed,
-                "precision": _precision(config),
-            },
+            ("layers", "gradients", "ihvp"),
+            {"rank": config.queries.rank, "fidelity": config.queries.fidelity},
             compression.run,
         ),
         _step("candidates", ("sequences",), queries | _feeds(config), candidates.run),
+        _step(  # a leaf, listed before the scan: whoever asked for more should read so before hours of it
+            "fidelity",
+            ("layers", "sequences", "gradients", "queries", *factors),
+            _sample(config, fidelity.sample_size(config.queries), model),
+            fidelity.run,
+        ),
         _step(
             "scores",
             ("layers", "sequences", "queries", "candidates"),
             {
                 "model": model,
                 "precision": _precision(config),
-                "contraction": [config.scan.contraction.name, config.scan.dense_memory],
+                "contraction": _contraction(config),
                 "shard_sequences": config.scan.shard_sequences,
-                "agreement_sample": config.scan.agreement_sample,
             },
             scan.run,
+        ),
+        _step(
+            "agreement",
+            ("layers", "sequences", "queries"),
+            _sample(config, agreement.sample_size(config), model, contraction=_contraction(config)),
+            agreement.run,
         ),
         _step("top", ("sequences", "candidates", "scores"), {"top": config.scan.top, "tokeniser": tokeniser}, top.run),
     ]
@@ -155,6 +164,17 @@ def _sampling(config: RunConfig) -> dict[str, Any]:
 
 def _precision(config: RunConfig) -> dict[str, str]:
     return {"product": config.scan.product_dtype.name, "sums": config.scan.sum_dtype.name}
+
+
+def _contraction(config: RunConfig) -> list[Any]:
+    return [config.scan.contraction.name, config.scan.dense_memory]
+
+
+def _sample(config: RunConfig, size: int, model: dict, **more: Any) -> dict[str, Any]:
+    """Of a comparison on a sample; where there is none, nothing else moves it."""
+    if not size:
+        return {"sample": 0}
+    return {"sample": size, "seed": config.seed, "model": model, "precision": _precision(config)} | more
 
 
 def _feeds(config: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
 
-from actors.errors import WhenceError
+from actors.errors import ChecksumError, WhenceError
 from actors.store import Artifact, Store
 from conf.schema import RunConfig
 from pipelines.claims import Claim, Claims
@@ -20,6 +20,8 @@ from pipelines.progress import Progress, duration
 from pipelines.steps import StageContext, Step
 
 logger = logging.getLogger(__name__)
+
+REPAIRS = 8  # of one stage's unfinished work, before the damage is left to the user
 
 
 class Planned(NamedTuple):
@@ -115,14 +117,38 @@ class Runner:
         with _named(step, artifact):
             record, how = self._record(step), "cached"
             while record is None:
-                claim = self._claims.acquire(artifact, done=lambda: artifact.committed)
+                claim = self._claims.acquire(artifact, done=lambda: artifact.committed, waiting=cluster.rest)
                 if claim is None:
                     record, how = self._record(step), "computed by another run"
                 else:
                     with claim:
-                        record, how = self._compute(step, claim, cluster.get()), "computed"
+                        record, how = self._repaired(step, claim, cluster), "computed"
         logger.info("%s", _line(step.name, how, record))
         return StageOutcome(artifact, how != "computed", record["seconds"], record["counts"], record["extra"])
+
+    def _repaired(self, step: Step, claim: Claim, cluster: _LazyCluster) -> dict[str, Any]:
+        """Compute a step; where its own unfinished work turns out to be damaged, that part of it is done again.
+
+        Raises:
+            ChecksumError: If an input is damaged, or what the stage writes is damaged again and again.
+        """
+        artifact = self._artifacts[step.name]
+        for _ in range(REPAIRS):
+            try:
+                return self._compute(step, claim, cluster.get())
+            except ChecksumError as error:
+                cause: ChecksumError = getattr(error, "cause", error)  # Ray wraps what a task raises
+                forgotten = artifact.forget(cause.file or "")
+                if not forgotten:
+                    raise
+                logger.warning(
+                    "%s: %s: %s; it is unfinished work, of which %d files are forgotten and made again",
+                    step.name,
+                    cause.file,
+                    cause.message,
+                    len(forgotten),
+                )
+        return self._compute(step, claim, cluster.get())
 
     def _compute(self, step: Step, claim: Claim, cluster: Any) -> dict[str, Any]:
         artifact = self._artifacts[step.name]
@@ -180,6 +206,11 @@ class _LazyCluster:
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
+
+    def rest(self, seconds: float) -> None:
+        """Tell the cluster, if there is one and it wants to know, that another run has been waited for so long."""
+        for made in self._made:
+            getattr(made, "rest", lambda _: None)(seconds)
 
     def get(self) -> Any:
         if not self._made:

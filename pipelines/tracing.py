@@ -6,7 +6,6 @@ import html
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,8 +60,12 @@ class TraceResult:
         return pq.read_table(self.run_dir / "top.parquet")
 
     def scores_table(self) -> pa.Table:
-        """All scores: sequence_id, feed, and a list with one score a query in the order of `query_ids`."""
-        return pq.read_table(self.run_dir / "scores")
+        """All scores: sequence_id, feed, and a list with one score a query in the order of `query_ids`.
+
+        Read from the store, so that they are verified; the files in the run's folder are the same.
+        """
+        scores = self.artifact("scores")
+        return pa.concat_tables(scores.read_table(name) for name, _ in score_files(scores)).unify_dictionaries()
 
     def artifact(self, step: str) -> Artifact:
         """The artifact of a step."""
@@ -100,12 +103,7 @@ def run_trace(config: RunConfig, run_dir: str | Path) -> TraceResult:
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = Runner(Store(config.store), build_steps(config), config, lambda: Cluster(config)).run()
-    _copy(outcomes["top"].artifact, ["top.parquet"], folder)
-    scores = outcomes["scores"].artifact
-    for stale in (folder / "scores").glob("shard-*.parquet"):  # a folder that is used again may hold more of them
-        stale.unlink()
-    shards = [name for name in scores.list("shard-") if name.endswith(".parquet")]
-    _copy(scores, shards, folder / "scores", link=True)  # they can be many gigabytes
+    _fill(folder, outcomes["top"].artifact, outcomes["scores"].artifact)
     summary = summarise(config, outcomes, started)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     result = TraceResult(folder, summary, outcomes)
@@ -118,7 +116,7 @@ def summarise(config: RunConfig, outcomes: Mapping[str, StageOutcome], started: 
     """What `summary.json` says: versions, timings and rates by stage, counts, coverage, fidelity, paths."""
     sequences = outcomes["sequences"].artifact.read_json("index.json")
     assert isinstance(sequences, dict)
-    queries = outcomes["queries"].artifact
+    candidates = outcomes["candidates"].artifact.read_json("index.json")
     return {
         "name": config.name,
         "config": plain(config),
@@ -129,9 +127,9 @@ def summarise(config: RunConfig, outcomes: Mapping[str, StageOutcome], started: 
         "corpus": {key: sequences[key] for key in ("sequences", "tokens", "documents", "skipped")},
         "coverage": outcomes["layers"].extra["coverage"],
         "layers": outcomes["layers"].extra["description"],
-        "candidates": outcomes["candidates"].artifact.read_json("index.json"),
-        "fidelity": queries.read_json("fidelity.json"),
-        "agreement": outcomes["scores"].artifact.read_json("agreement.json"),
+        "candidates": {key: value for key, value in candidates.items() if key != "files"},
+        "fidelity": outcomes["fidelity"].artifact.read_json("fidelity.json"),
+        "agreement": outcomes["agreement"].artifact.read_json("agreement.json"),
         "excluded": {
             name: outcome.extra["excluded"] for name, outcome in outcomes.items() if outcome.extra.get("excluded")
         },
@@ -160,24 +158,38 @@ def _stage(outcome: StageOutcome) -> dict[str, Any]:
     return stage
 
 
-def _copy(artifact: Artifact, names: list[str], folder: Path, link: bool = False) -> None:
-    """Bring files of an artifact into the run's folder, as copies, or as hard links where the store is beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        target = folder / name
-        target.unlink(missing_ok=True)
-        source = Path(f"{artifact.uri}/{name}".removeprefix("file://"))
-        artifact.open_parquet(name)  # verifies the checksum
-        if not source.exists():
-            pq.write_table(artifact.read_table(name), target)
-            continue
-        try:
-            if link:
-                os.link(source, target)
-                continue
-        except OSError:
-            log.debug("%s cannot be linked; copied", source)
-        shutil.copyfile(source, target)
+def _fill(folder: Path, top: Artifact, scores: Artifact) -> None:
+    """Bring the tables into the run's folder; those of an earlier run in the same folder go."""
+    (folder / "top.parquet").unlink(missing_ok=True)
+    (folder / "top.parquet").write_bytes(top.read_bytes("top.parquet"))
+    (folder / "scores").mkdir(exist_ok=True)
+    for stale in (folder / "scores").glob("shard-*.parquet"):
+        stale.unlink()
+    for name, size in score_files(scores):
+        _link(scores, name, size, folder / "scores" / name)
+
+
+def score_files(scores: Artifact) -> list[tuple[str, int]]:
+    """Names and sizes of the files of a committed `scores` artifact, in the order of their sequences."""
+    files = (scores.record() or {"files": {}})["files"]
+    shards = (name for name in files if name.startswith("shard-") and name.endswith(".parquet"))
+    return [(name, files[name]["bytes"]) for name in sorted(shards)]
+
+
+def _link(artifact: Artifact, name: str, size: int, target: Path) -> None:
+    """A hard link where the store is beside the folder, without reading the file, which may be one of gigabytes in all.
+
+    Elsewhere, and where the size is not what it was, the file is read and verified.
+    """
+    source = Path(f"{artifact.uri}/{name}".removeprefix("file://"))
+    try:
+        if source.stat().st_size == size:
+            os.link(source, target)
+            return
+    except OSError:
+        log.debug("%s cannot be linked; copied", source)
+    target.unlink(missing_ok=True)  # never through a link into the store
+    target.write_bytes(artifact.read_bytes(name))
 
 
 def render_table(rows: list[dict[str, Any]], queries: list[Mapping[str, Any]], shown: int = SHOWN) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.sequences import read_candidates
 from conf.load import compose_config, override_strings
 from conf.schema import RunConfig
 from pipelines.almanac import evaluate
@@ -184,7 +185,7 @@ def _influence(trace: TraceResult, document_of_sequence: np.ndarray, documents: 
 
 def _bm25(trace: TraceResult, document_of_sequence: np.ndarray, documents: int) -> np.ndarray:
     """scores_QN of the prefilter; 0, the lowest there is, where it proposes nothing."""
-    table = trace.artifact("candidates").read_table("candidates.parquet")
+    table = read_candidates(trace.artifact("candidates"))
     queries = {query_id: position for position, query_id in enumerate(trace.query_ids)}
     scores_QN = np.zeros((len(queries), documents))
     for row in table.to_pylist():

@@ -4,42 +4,40 @@ BM25 takes two Ray Data pipelines over the tokenised corpus: document frequencie
 and the best of a group of shards. Both merge exactly, with ties broken by sequence id, so that the grouping and the
 order of tasks move nothing. A sequence that shares no token with a query is never its candidate: where fewer than
 `prefilter.top` share one, fewer are proposed. Legend: Q queries, U distinct query tokens.
+
+The table is written in files by blocks of sequence ids, a task each; `index.json` says what each holds. The driver
+holds what is proposed, at most Q times `prefilter.top` ids and scores, and a line a file: nothing that grows with the
+unfiltered feed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from actors.errors import BadRecord, ConfigError
 from actors.queries import TokenisedQuery, read_queries
+from actors.sequences import CANDIDATES
 from actors.store import Artifact
 from actors.tokeniser import load_tokeniser
-from conf.schema import PrefilterKind, UnfilteredConfig, UnfilteredKind
+from conf.schema import PrefilterKind, UnfilteredKind
 from influence.bm25 import DocumentFrequencies, QueryTokens, TopK, presence, scores, top_k
+from pipelines.stages.unfiltered import Unfiltered, choose
 from pipelines.steps import StageContext, StageResult
 from pipelines.streaming import prepare, stream
 
-TABLE = "candidates.parquet"
-ROW_GROUP = 65_536
+BLOCK = 65_536  # sequence ids that one file covers, whatever the shards of the corpus
+ROW_GROUP = 8192
 SHARDS_A_TASK = 16
-_SAMPLE_BLOCK = 2**20
-
-SCHEMA = pa.schema(
-    [
-        ("query_id", pa.string()),  # null where unfiltered
-        ("sequence_id", pa.int64()),
-        ("feed", pa.string()),
-        ("bm25_score", pa.float64()),  # null where unfiltered
-    ]
-)
 
 
 def run(context: StageContext) -> StageResult:
-    """Write `candidates.parquet`, sorted by sequence_id, and `index.json`.
+    """Write `block-00000.parquet`, ..., each sorted by sequence_id, and `index.json`.
 
     Raises:
         ConfigError: Both feeds are off.
@@ -56,12 +54,10 @@ def run(context: StageContext) -> StageResult:
     if config.prefilter.kind is PrefilterKind.bm25:
         prepare(context.cluster)
         best = bm25_candidates(context, sequences, queries)
-    names = [query.query_id for query in queries]
-    arguments = (context.artifact, names, best, config.unfiltered, _index(sequences)["sequences"])
-    if context.cluster is None:
-        index = write_candidates(*arguments)
-    else:  # in a task: the table grows with the unfiltered feed, and the driver holds nothing that grows
-        ((_, index),) = context.cluster.map(write_candidates, [arguments])
+    corpus = _index(sequences)["sequences"]
+    index = write_blocks(
+        context, [query.query_id for query in queries], best, choose(config.unfiltered, corpus), corpus
+    )
     if index["rows"] == 0:
         raise BadRecord(
             "no sequence shares a token with any query, and there is no unfiltered feed",
@@ -72,20 +68,63 @@ def run(context: StageContext) -> StageResult:
     return StageResult({name: index[name] for name in ("per_feed", "sequences", "rows")})
 
 
-def write_candidates(
-    output: Artifact, query_ids: Sequence[str], best: Sequence[TopK], feed: UnfilteredConfig, sequences: int
-) -> dict:
-    """Put both feeds together, write the table, and count it. Runs as a Ray task."""
-    unfiltered = unfiltered_sequences(feed, sequences)
-    table = candidates_table(query_ids, best, unfiltered)
-    output.write_table(TABLE, table, ROW_GROUP)
-    proposed = np.unique(np.concatenate([top.sequence_ids for top in best]))
+def write_blocks(
+    context: StageContext, query_ids: Sequence[str], best: Sequence[TopK], unfiltered: Unfiltered, corpus: int
+) -> dict[str, Any]:
+    """Write the files of all blocks that hold a candidate, and count what is in them: the content of `index.json`."""
+    arguments = [
+        (context.artifact, first, stop, query_ids, proposed, unfiltered)
+        for first, stop, proposed in _blocks(best, corpus)
+        if unfiltered.count or any(len(top.scores) for top in proposed)
+    ]
+    run_each = _in_process if context.cluster is None else context.cluster.map
+    found: list[dict[str, Any]] = [{} for _ in arguments]
+    with context.progress("candidates", len(arguments), "blocks") as progress:
+        for position, block in run_each(write_block, arguments):
+            found[position] = block
+            progress.advance(1)
+    files = [block for block in found if block["rows"]]
     return {
-        "per_feed": {"bm25": len(proposed), "unfiltered": len(unfiltered)},
+        "per_feed": {feed: sum(block[feed] for block in files) for feed in ("bm25", "unfiltered")},
         "per_query": {query: len(top.sequence_ids) for query, top in zip(query_ids, best, strict=True)},
-        "sequences": len(np.union1d(proposed, unfiltered)),
-        "rows": len(table),
+        "sequences": sum(block["sequences"] for block in files),
+        "rows": sum(block["rows"] for block in files),
+        "files": files,
     }
+
+
+def _in_process(function: Callable[..., Any], arguments: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+    """The double of `Cluster.map`, for a stage without a cluster."""
+    for position, given in enumerate(arguments):
+        yield position, function(*given)
+
+
+def _blocks(best: Sequence[TopK], corpus: int) -> Iterator[tuple[int, int, list[TopK]]]:
+    """Cut the corpus into blocks, with what is proposed to each query in them."""
+    borders = np.append(np.arange(0, corpus, BLOCK), corpus)
+    ordered = []
+    for top in best:
+        order = np.argsort(top.sequence_ids)
+        ids, values = top.sequence_ids[order], top.scores[order]
+        ordered.append((ids, values, np.searchsorted(ids, borders)))
+    for block, (first, stop) in enumerate(pairwise(borders.tolist())):
+        cuts = [(ids, values, slice(places[block], places[block + 1])) for ids, values, places in ordered]
+        yield first, stop, [TopK(ids[mine], values[mine]) for ids, values, mine in cuts]
+
+
+def write_block(
+    output: Artifact, first: int, stop: int, query_ids: Sequence[str], best: Sequence[TopK], unfiltered: Unfiltered
+) -> dict[str, Any]:
+    """Put both feeds of the sequences in [first, stop) together, write them, and count them. Runs as a Ray task."""
+    plain = unfiltered.within(first, stop)
+    table = candidates_table(query_ids, best, plain)
+    name = f"block-{first // BLOCK:05d}.parquet"
+    if len(table):
+        output.write_table(name, table, ROW_GROUP)
+    proposed = np.unique(np.concatenate([np.empty(0, np.int64), *(top.sequence_ids for top in best)]))
+    place = {"name": name, "first_sequence_id": first, "stop": stop, "rows": len(table)}
+    counts = {"sequences": len(np.union1d(proposed, plain)), "bm25": len(proposed), "unfiltered": len(plain)}
+    return place | counts
 
 
 def bm25_candidates(context: StageContext, sequences: Artifact, queries: Sequence[TokenisedQuery]) -> list[TopK]:
@@ -145,38 +184,6 @@ def best_task(
     )
 
 
-def unfiltered_sequences(config: UnfilteredConfig, sequences: int) -> np.ndarray:
-    """Choose the unfiltered sequences (int64, ascending): all, none, or a sample that only the seed and ids decide.
-
-    Each sequence has a key, a hash of the seed and its id; a sample of N is those with the N smallest keys. So a larger
-    sample holds every smaller one of the same seed. Cost: a hash a sequence, memory for N and one block.
-    """
-    if config.kind is UnfilteredKind.none:
-        return np.empty(0, dtype=np.int64)
-    if config.kind is UnfilteredKind.all or config.sequences >= sequences:
-        return np.arange(sequences, dtype=np.int64)
-    ids, keys = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64)
-    for start in range(0, sequences, _SAMPLE_BLOCK):
-        block = np.arange(start, min(start + _SAMPLE_BLOCK, sequences), dtype=np.int64)
-        ids, keys = np.concatenate((ids, block)), np.concatenate((keys, _hash(block, config.seed)))
-        smallest = np.lexsort((ids, keys))[: config.sequences]
-        ids, keys = ids[smallest], keys[smallest]
-    return np.sort(ids)
-
-
-def _hash(ids: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64's finaliser, on the id and then on the sum with the hashed seed: one to one in the id."""
-    start = _mix(np.array([seed % 2**64], dtype=np.uint64))
-    return _mix(_mix(ids.astype(np.uint64)) + start)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def candidates_table(query_ids: Sequence[str], best: Sequence[TopK], unfiltered: np.ndarray) -> pa.Table:
     """Put both feeds in one table, sorted by sequence id, then `bm25` before `unfiltered`, then by query."""
     lengths = [len(top.sequence_ids) for top in best]
@@ -191,7 +198,7 @@ def candidates_table(query_ids: Sequence[str], best: Sequence[TopK], unfiltered:
     )
     feeds = pa.DictionaryArray.from_arrays(pa.array(is_plain.astype(np.int32)), pa.array(["bm25", "unfiltered"]))
     columns = [names.cast(pa.string()), pa.array(sequence_ids[order]), feeds.cast(pa.string())]
-    return pa.table([*columns, pa.array(values[order], mask=is_plain)], schema=SCHEMA)
+    return pa.table([*columns, pa.array(values[order], mask=is_plain)], schema=CANDIDATES)
 
 
 def _documents(sequences: Artifact, shards: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

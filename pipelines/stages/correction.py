@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from actors.factors import correction_bundles, load_selection
-from actors.reduction import merge_correction
+from actors.factors import correction_bundles
+from actors.reduction import merge_correction, merge_correction_bytes
 from actors.tasks import GroupTask
-from pipelines.stages.grouped import GroupTotals, Merge, run_statistic
+from influence.passes import correction_bytes
+from pipelines.stages.grouped import Bundled, GroupTotals, Merge, Part, Statistic, run_statistic
 from pipelines.steps import StageContext, StageResult
+
+CORRECTION = Statistic("correction", correction_bytes, correction_bundles)
 
 
 def run(context: StageContext) -> StageResult:
@@ -16,13 +19,23 @@ def run(context: StageContext) -> StageResult:
     config, output, sequences = context.config, context.artifact, context.inputs["sequences"]
     bases, dtype = context.inputs["eigenbasis"], getattr(torch, config.scan.sum_dtype.name)
 
-    def task(group: int, ids: tuple[int, ...]) -> GroupTask:
-        return GroupTask(output, group, ids, sequences, config.factors.labels, config.seed, bases=bases)
+    def task(part: Part) -> GroupTask:
+        return GroupTask(
+            output,
+            part.folder,
+            part.group,
+            part.layers,
+            part.sequence_ids,
+            sequences,
+            config.factors.labels,
+            config.seed,
+            bases=bases,
+            excluded=part.excluded,
+        )
 
-    def merge(totals: GroupTotals) -> Merge:
-        runs = correction_bundles(load_selection(context.inputs["layers"]).layers)
-        return merge_correction, [
-            (output, totals.groups, number, layers, totals.sequences, dtype) for number, layers in enumerate(runs)
-        ]
+    def merge(totals: GroupTotals, bundles: Bundled) -> Merge:
+        found = list(bundles)
+        memory = [merge_correction_bytes(layers) for _, layers in found]
+        return merge_correction, [(parts, layers, totals.sequences, dtype) for parts, layers in found], memory
 
-    return run_statistic(context, "correction", task, merge)
+    return run_statistic(context, CORRECTION, task, merge)

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from actors.factors import covariance_bundles, load_selection
-from actors.reduction import merge_covariance
+from actors.factors import covariance_bundles
+from actors.reduction import merge_covariance, merge_covariance_bytes
 from actors.tasks import GroupTask
-from pipelines.stages.grouped import GroupTotals, Merge, run_statistic
+from influence.passes import covariance_bytes
+from pipelines.stages.grouped import Bundled, GroupTotals, Merge, Part, Statistic, run_statistic
 from pipelines.steps import StageContext, StageResult
+
+COVARIANCE = Statistic("covariance", covariance_bytes, covariance_bundles)
 
 
 def run(context: StageContext) -> StageResult:
     """Write `activation/<group>.safetensors` and `gradient/<layer>.safetensors` (means), and `merged.json`."""
     config, output, sequences = context.config, context.artifact, context.inputs["sequences"]
+    blocks = config.factors.blocks
 
-    def task(group: int, ids: tuple[int, ...]) -> GroupTask:
-        return GroupTask(output, group, ids, sequences, config.factors.labels, config.seed, config.factors.blocks)
+    def task(part: Part) -> GroupTask:
+        return GroupTask(
+            output,
+            part.folder,
+            part.group,
+            part.layers,
+            part.sequence_ids,
+            sequences,
+            config.factors.labels,
+            config.seed,
+            blocks,
+            excluded=part.excluded,
+        )
 
-    def merge(totals: GroupTotals) -> Merge:
-        runs = covariance_bundles(load_selection(context.inputs["layers"]).layers)
-        return merge_covariance, [
-            (output, totals.groups, number, layers, totals.rows) for number, layers in enumerate(runs)
-        ]
+    def merge(totals: GroupTotals, bundles: Bundled) -> Merge:
+        found = list(bundles)
+        memory = [merge_covariance_bytes(layers, blocks) for _, layers in found]
+        return merge_covariance, [(parts, layers, blocks, totals.rows) for parts, layers in found], memory
 
-    return run_statistic(context, "covariance", task, merge)
+    return run_statistic(context, COVARIANCE, task, merge)

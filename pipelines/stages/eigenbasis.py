@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from actors.factors import load_selection
-from actors.reduction import decompose
+from actors.reduction import decompose, decompose_bytes
 from pipelines.steps import StageContext, StageResult
 
 
@@ -20,7 +20,9 @@ def run(context: StageContext) -> StageResult:
     dtype = getattr(torch, context.config.scan.sum_dtype.name)
     progress = context.progress("eigenbasis", len(sizes), "factors")
     progress.resume(len(sizes) - len(open_factors))
-    for _ in context.cluster.map(decompose, [(output, covariance, name, dtype) for name in open_factors]):
+    arguments = [(output, covariance, name, dtype) for name in open_factors]
+    memory = [decompose_bytes(sizes[name], context.config.factors.blocks) for name in open_factors]
+    for _ in context.cluster.map(decompose, arguments, memory):
         progress.advance(1)
     progress.close()
     totals = covariance.read_json("merged.json")

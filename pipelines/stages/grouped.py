@@ -1,29 +1,76 @@
 """Sums over fixed groups of sequences: the part that the covariance and the correction stage share.
 
 The sample is cut into groups that depend on the configuration alone. A replica sums a group from zero and commits it
-as one part; what is committed is never computed again; parts are merged in the order of groups.
+as one part; what is committed is never computed again; parts are merged in the order of groups. Where the factors of
+all layers are more than a rank may hold, the sample is gone through in several passes, each with some of the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from actors.errors import NonFiniteShare
-from actors.factors import part_folder
+from actors.errors import ConfigError, NonFiniteShare
+from actors.factors import load_selection, part_folder
+from actors.reduction import Parts
 from actors.store import Artifact
 from actors.tasks import Done, GroupTask
-from conf.schema import FactorsConfig
+from conf.schema import Dtype, FactorsConfig
+from influence.layers import TrackedLayer
+from influence.passes import plan_passes
 from pipelines.steps import StageContext, StageResult
 
 MIN_GROUP = 32  # sequences; a smaller sample has fewer groups
 
-TaskOf = Callable[[int, tuple[int, ...]], GroupTask]
-Merge = tuple[Callable[..., Any], list[tuple]]
-MergeOf = Callable[["GroupTotals"], Merge]
+log = logging.getLogger(__name__)
+
+TaskOf = Callable[["Part"], GroupTask]
+Merge = tuple[Callable[..., Any], list[tuple], list[int]]  # a function, its arguments, and the memory of each
+Bundled = Iterator[tuple[Parts, tuple[TrackedLayer, ...]]]
+MergeOf = Callable[["GroupTotals", Bundled], Merge]
+Bundles = Callable[[Sequence[TrackedLayer]], list[tuple[TrackedLayer, ...]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One unit of work: a group of sequences in the layers of a pass.
+
+    Attributes:
+        layers: of the pass, in the order of the model.
+        group: number of the group.
+        sequence_ids: its sequences.
+        excluded: those that another pass set aside, with the reason.
+    """
+
+    layers: tuple[str, ...]
+    group: int
+    sequence_ids: Sequence[int]
+    excluded: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Where in the artifact its sums are."""
+        return part_folder(self.layers, self.group)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What tells the covariance from the correction.
+
+    Attributes:
+        method: the replica's method, which is also what progress calls the work.
+        bytes_of: bytes that a rank holds for a layer: (layer, ranks, blocks, bytes of a number).
+        bundles: which layers share a file.
+    """
+
+    method: str
+    bytes_of: Callable[[TrackedLayer, int, int, int], int]
+    bundles: Bundles
 
 
 @dataclass
@@ -46,29 +93,56 @@ class GroupTotals:
         return {"excluded": self.excluded, "replica_seconds": self.seconds}
 
 
-def sample_groups(corpus: int, factors: FactorsConfig) -> list[tuple[int, ...]]:
+def sample_groups(corpus: int, factors: FactorsConfig) -> list[Sequence[int]]:
     """The sequences that curvature is fitted on, a seeded sample without replacement, in ascending groups.
 
     Args:
         corpus: number of sequences in the corpus.
-        factors: samples, seed and groups; samples of None or more than the corpus takes all.
+        factors: samples, seed and groups; samples of None or more than the corpus takes all, as ranges.
     """
     if factors.samples is None or factors.samples >= corpus:
-        ids = np.arange(corpus)
-    else:
-        ids = np.sort(np.random.default_rng(factors.seed).choice(corpus, factors.samples, replace=False))
-    groups = max(1, min(factors.groups, len(ids) // MIN_GROUP))
-    return [tuple(part.tolist()) for part in np.array_split(ids, groups)]
+        starts = _bounds(corpus, factors.groups)
+        return [range(start, stop) for start, stop in pairwise(starts)]
+    ids = np.sort(np.random.default_rng(factors.seed).choice(corpus, factors.samples, replace=False))
+    starts = _bounds(len(ids), factors.groups)
+    return [tuple(ids[start:stop].tolist()) for start, stop in pairwise(starts)]
 
 
-def run_statistic(context: StageContext, method: str, task_of: TaskOf, merge_of: MergeOf) -> StageResult:
+def _bounds(count: int, groups: int) -> list[int]:
+    """Where groups of nearly equal size begin and end, the longer ones first."""
+    groups = max(1, min(groups, count // MIN_GROUP))
+    small, longer = divmod(count, groups)
+    return [index * small + min(index, longer) for index in range(groups + 1)]
+
+
+def passes_of(context: StageContext, statistic: Statistic) -> list[tuple[TrackedLayer, ...]]:
+    """The layers of each pass over the sample.
+
+    Raises:
+        ConfigError: if a layer's factors alone exceed `cluster.memory_per_rank`.
+    """
+    config = context.config
+    layers = load_selection(context.inputs["layers"]).layers
+    itemsize = 8 if config.scan.sum_dtype is Dtype.float64 else 4
+
+    def bytes_of(layer: TrackedLayer) -> int:
+        return statistic.bytes_of(layer, config.cluster.world_size, config.factors.blocks, itemsize)
+
+    try:
+        return list(plan_passes(layers, bytes_of, config.cluster.memory_per_rank))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def run_statistic(context: StageContext, statistic: Statistic, task_of: TaskOf, merge_of: MergeOf) -> StageResult:
     """Sum a statistic over all groups, merge the sums as Ray tasks, and discard the parts.
 
     Args:
         context: of the stage; its artifact gets the merged files and, when they are all there, `merged.json`.
-        method: the replica's method, which is also what progress calls the work.
-        task_of: the task of a group, from its number and its sequences.
-        merge_of: the function that merges, and its arguments, one tuple a bundle of layers.
+        statistic: which one.
+        task_of: the task of a part.
+        merge_of: from the totals and the bundles of parts, the function that merges, with its arguments and the
+            memory that it takes for each.
 
     Raises:
         NonFiniteShare: if more sequences were set aside than `scan.nonfinite_share` allows.
@@ -77,29 +151,43 @@ def run_statistic(context: StageContext, method: str, task_of: TaskOf, merge_of:
     if output.exists("merged.json"):
         totals = GroupTotals(**output.read_json("merged.json"))
     else:
-        totals = run_groups(context, method, task_of)
-        function, arguments = merge_of(totals)
-        for _ in context.cluster.map(function, arguments):
+        passes = passes_of(context, statistic)
+        totals = run_groups(context, statistic, passes, task_of)
+        for _ in context.cluster.map(*merge_of(totals, _parts(output, totals.groups, passes, statistic.bundles))):
             pass
         output.write_json("merged.json", vars(totals))
     discard_parts(output)
     return StageResult(totals.counts(), totals.extra())
 
 
-def run_groups(context: StageContext, method: str, task_of: TaskOf) -> GroupTotals:
-    """Deal the groups that are not committed yet, wait for all, and add up what they report.
+def _parts(output: Artifact, groups: int, passes: Sequence[Sequence[TrackedLayer]], bundles: Bundles) -> Bundled:
+    for layers in passes:
+        names = tuple(layer.name for layer in layers)
+        folders = [part_folder(names, group) for group in range(groups)]
+        written = [(folder, output.read_json(f"{folder}/done.json")["ranks"]) for folder in folders]
+        for number, bundle in enumerate(bundles(layers)):
+            yield Parts(output, written, number), bundle
+
+
+def run_groups(
+    context: StageContext, statistic: Statistic, passes: Sequence[Sequence[TrackedLayer]], task_of: TaskOf
+) -> GroupTotals:
+    """Deal the parts that are not committed yet, wait for all, and add up what they report.
 
     Raises:
         NonFiniteShare: if more sequences were set aside than `scan.nonfinite_share` allows.
     """
-    sequences = context.inputs["sequences"]
-    corpus = sequences.read_json("index.json")["sequences"]
-    groups = sample_groups(corpus, context.config.factors)
-    output = context.artifact
-    open_groups = [index for index in range(len(groups)) if not _is_done(output, index)]
-    total = sum(len(group) for group in groups)
-    progress = context.progress(method, total, "sequences")
-    behind = total - sum(len(groups[index]) for index in open_groups)
+    output, sequences = context.artifact, context.inputs["sequences"]
+    groups = sample_groups(sequences.read_json("index.json")["sequences"], context.config.factors)
+    sample = sum(map(len, groups))
+    parts = [
+        Part(tuple(layer.name for layer in layers), group, ids) for layers in passes for group, ids in enumerate(groups)
+    ]
+    if len(passes) > 1:
+        log.info("%s: %d passes over %d sequences", statistic.method, len(passes), sample)
+    progress = context.progress(statistic.method, sample * len(passes), "sequences")
+    waiting = [part for part in parts if not output.exists(f"{part.folder}/done.json")]
+    behind = sample * len(passes) - sum(len(part.sequence_ids) for part in waiting)
     progress.resume(behind)
 
     def done(task: GroupTask, _report: Done) -> None:
@@ -107,25 +195,53 @@ def run_groups(context: StageContext, method: str, task_of: TaskOf) -> GroupTota
         behind += len(task.sequence_ids)
         progress.advance_to(behind)
 
-    tasks = [task_of(index, groups[index]) for index in open_groups]
-    if tasks:
-        context.cluster.pool.run(method, tasks, done, lambda running: progress.advance_to(behind + running))
+    def tick(running: int) -> None:
+        progress.advance_to(behind + running)
+
+    while True:
+        if waiting:
+            context.cluster.pool.run(statistic.method, [task_of(part) for part in waiting], done, tick)
+        waiting = _disagreeing(output, parts)
+        if not waiting:
+            break
+        behind -= sum(len(part.sequence_ids) for part in waiting)
     progress.close()
-    return _totals(output, len(groups), total, context.config.scan.nonfinite_share)
+    return _totals(output, parts, len(groups), sample, context.config.scan.nonfinite_share)
 
 
-def _is_done(output: Artifact, group: int) -> bool:
-    return output.exists(f"{part_folder(group)}/done.json")
+def _disagreeing(output: Artifact, parts: Sequence[Part]) -> list[Part]:
+    """Parts that added sequences which another pass over the same group set aside; they have to begin anew.
+
+    A gradient that is not finite shows only in the pass that tracks its layer, and a sequence must count in all layers
+    or in none.
+    """
+    found = [_excluded(output, part) for part in parts]
+    by_group: dict[int, dict[int, str]] = {}
+    for part, excluded in zip(parts, found, strict=True):
+        by_group.setdefault(part.group, {}).update(excluded)
+    anew = []
+    for part, excluded in zip(parts, found, strict=True):
+        wanted = by_group[part.group]
+        if excluded.keys() != wanted.keys():
+            output.delete(f"{part.folder}/done.json")
+            anew.append(replace(part, excluded=wanted))
+    return anew
 
 
-def _totals(output: Artifact, groups: int, asked: int, share: float) -> GroupTotals:
+def _excluded(output: Artifact, part: Part) -> dict[int, str]:
+    done = output.read_json(f"{part.folder}/done.json")
+    return {int(key): why for key, why in done["excluded"].items()}
+
+
+def _totals(output: Artifact, parts: Sequence[Part], groups: int, asked: int, share: float) -> GroupTotals:
     totals = GroupTotals(groups)
-    for group in range(groups):
-        done = output.read_json(f"{part_folder(group)}/done.json")
-        totals.sequences += done["sequences"]
-        totals.tokens += done["tokens"]
+    for part in parts:
+        done = output.read_json(f"{part.folder}/done.json")
+        if part.layers == parts[0].layers:  # every pass counts the same sequences
+            totals.sequences += done["sequences"]
+            totals.tokens += done["tokens"]
+            totals.excluded |= done["excluded"]
         totals.seconds += done["seconds"]
-        totals.excluded |= done["excluded"]
         for key, rows in done["rows"].items():
             totals.rows[key] = totals.rows.get(key, 0) + rows
     check_share(totals.excluded, asked, share)

@@ -1,47 +1,72 @@
-"""Stage `scores`: the gradient scan over the candidates of both feeds, one Parquet file a shard."""
+"""Stage `scores`: the gradient scan over the candidates of both feeds, one Parquet file a shard.
+
+A shard is a run of consecutive candidates. How many is decided by how many candidates there are and by
+`scan.shard_sequences` alone, never by who works: `shard_size`. The driver holds two numbers a shard.
+"""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Iterable
 
-import torch
+import numpy as np
 
-from actors.sequences import candidate_rows
+from actors.sequences import candidate_files, candidate_ids
 from actors.store import Artifact
-from actors.tasks import AgreementTask, Done, ScanTask
-from conf.schema import Dtype
-from pipelines.stages.agreement import agreement, sample_of, shown
+from actors.tasks import Done, ScanTask
 from pipelines.stages.grouped import check_share
 from pipelines.steps import StageContext, StageResult
 
-log = logging.getLogger(__name__)
+SHARDS = 64  # that few candidates are cut into, so that there is work for many replicas
+LEAST = 32  # candidates a shard, below which reading and committing outweigh the scan
+REPORTS_A_TASK = 256
 
 
-def scan_ranges(candidates: Artifact, sequences: Artifact, size: int) -> list[tuple[int, int, int]]:
-    """Cut the candidates into ranges [first, stop) of at most `size` distinct sequences; runs as a Ray task."""
-    ranges = []
-    for shard in sequences.read_json("index.json")["shards"]:
-        first = shard["first_sequence_id"]
-        ids, _ = candidate_rows(candidates, first, first + shard["rows"])
-        for start in range(0, len(ids), size):
-            part = ids[start : start + size]
-            ranges.append((int(part[0]), int(part[-1]) + 1, len(part)))
-    return ranges
+def shard_size(candidates: int, most: int) -> int:
+    """Candidates in a shard: so many that there are `SHARDS` of them, but at least `LEAST` and at most `most`."""
+    return min(most, max(LEAST, -(-candidates // SHARDS)))
+
+
+def scan_ranges(
+    run_each: Callable[..., Iterable[tuple[int, tuple[np.ndarray, np.ndarray]]]], candidates: Artifact, size: int
+) -> list[tuple[int, int]]:
+    """Cut the candidates into ranges of sequence ids [first, stop), each with `size` candidates but for the last.
+
+    Args:
+        run_each: `Cluster.map`; each file of candidates is read by a task of its own.
+        candidates: The artifact.
+        size: Candidates a range.
+    """
+    files = candidate_files(candidates)
+    total, before, arguments = sum(file["sequences"] for file in files), 0, []
+    for file in files:
+        arguments.append((candidates, file["name"], before, size, total))
+        before += file["sequences"]
+    cut = dict(run_each(cuts, arguments))
+    firsts, stops = (np.concatenate([cut[position][side] for position in range(len(files))]) for side in (0, 1))
+    return list(zip(firsts.tolist(), stops.tolist(), strict=True))
+
+
+def cuts(candidates: Artifact, name: str, before: int, size: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where ranges begin and where they end in one file, `before` candidates after the first; runs as a Ray task."""
+    ids = candidate_ids(candidates, name)
+    place = before + np.arange(len(ids))
+    return ids[place % size == 0], ids[(place % size == size - 1) | (place == total - 1)] + 1
 
 
 def run(context: StageContext) -> StageResult:
-    """Write `shard-000000.parquet` with sequence_id, feed and the scores of all queries, and `agreement.json`."""
+    """Write `shard-000000.parquet` with sequence_id, feed and the scores of all queries, for every shard."""
     output, config = context.artifact, context.config
     sequences, candidates, queries = (context.inputs[name] for name in ("sequences", "candidates", "queries"))
-    size = config.scan.shard_sequences
-    ((_, ranges),) = context.cluster.map(scan_ranges, [(candidates, sequences, size)])
+    total = sum(file["sequences"] for file in candidate_files(candidates))
+    size = shard_size(total, config.scan.shard_sequences)
+    ranges = scan_ranges(context.cluster.map, candidates, size)
+    finished = set(output.list("parts/shard-"))  # one look at the folder, not one a shard
     tasks = [
-        ScanTask(output, shard, first, stop, count, sequences, candidates, queries)
-        for shard, (first, stop, count) in enumerate(ranges)
+        ScanTask(output, shard, first, stop, min(size, total - shard * size), sequences, candidates, queries)
+        for shard, (first, stop) in enumerate(ranges)
+        if _report(shard) not in finished
     ]
-    total = sum(count for _, _, count in ranges)
-    open_tasks = [task for task in tasks if not output.exists(_report(task.shard))]
-    behind = total - sum(task.count for task in open_tasks)
+    behind = total - sum(task.count for task in tasks)
     progress = context.progress("gradient scan", total, "sequences")
     progress.resume(behind)
     excluded: dict[str, str] = {}
@@ -53,45 +78,37 @@ def run(context: StageContext) -> StageResult:
         excluded.update({str(key): why for key, why in report.excluded.items()})
         check_share(excluded, total, config.scan.nonfinite_share)
 
-    if open_tasks:
-        context.cluster.pool.run("scan", open_tasks, done, lambda running: progress.advance_to(behind + running))
+    if tasks:
+        context.cluster.pool.run("scan", tasks, done, lambda running: progress.advance_to(behind + running))
     progress.close()
-    return _finish(context, len(tasks), total)
+    return _finish(context, len(ranges), total)
 
 
 def _finish(context: StageContext, shards: int, total: int) -> StageResult:
-    output, scan = context.artifact, context.config.scan
+    output, excluded, tokens, seconds = context.artifact, {}, 0, 0.0
+    arguments = [(output, start, min(start + REPORTS_A_TASK, shards)) for start in range(0, shards, REPORTS_A_TASK)]
+    tallies = dict(context.cluster.map(tally, arguments))
+    for position in range(len(arguments)):  # in order, so that seconds add up the same
+        tally_excluded, tally_tokens, tally_seconds = tallies[position]
+        excluded |= tally_excluded
+        tokens += tally_tokens
+        seconds += tally_seconds
+    check_share(excluded, total, context.config.scan.nonfinite_share)
+    output.write_json("queries.json", context.inputs["queries"].read_json("queries.json"))
+    counts = {"sequences": total, "tokens": tokens, "excluded": len(excluded), "shards": shards}
+    return StageResult(counts, {"excluded": excluded, "replica_seconds": seconds})
+
+
+def tally(output: Artifact, first: int, stop: int) -> tuple[dict[str, str], int, float]:
+    """What shards [first, stop) report in all: sequences set aside, tokens, seconds; runs as a Ray task."""
     excluded, tokens, seconds = {}, 0, 0.0
-    for shard in range(shards):
+    for shard in range(first, stop):
         report = output.read_json(_report(shard))
         excluded |= report["excluded"]
         tokens += report["tokens"]
         seconds += report["seconds"]
-    check_share(excluded, total, scan.nonfinite_share)
-    agreed = _agreement(context)
-    output.write_json("agreement.json", agreed)
-    output.write_json("queries.json", context.inputs["queries"].read_json("queries.json"))
-    counts = {"sequences": total, "tokens": tokens, "excluded": len(excluded), "shards": shards}
-    return StageResult(counts, {"excluded": excluded, "replica_seconds": seconds, "agreement": agreed})
+    return excluded, tokens, seconds
 
 
 def _report(shard: int) -> str:
     return f"parts/shard-{shard:06d}.json"
-
-
-def _agreement(context: StageContext) -> dict:
-    """Where a precision is below float32: correlation with float32 scores on a seeded sample, by query."""
-    config, sequences = context.config, context.inputs["sequences"]
-    exact = (Dtype.float32, Dtype.float64)
-    precise = config.model.dtype in exact and config.scan.product_dtype in exact
-    if precise or config.scan.agreement_sample == 0:
-        return {}
-    sample = sample_of(sequences, config.scan.agreement_sample, config.seed)
-    task = AgreementTask(sample, sequences, context.inputs["queries"])
-    reports: list[Done] = []
-    context.cluster.pool.run("agreement", [task], lambda _task, report: reports.append(report), lambda _running: None)
-    run_scores, exact_scores = (torch.tensor(scores) for scores in reports[0].result)  # type: ignore[attr-defined]
-    records = context.inputs["queries"].read_json("queries.json")
-    found = agreement(run_scores, exact_scores, [record["query_id"] for record in records])
-    log.info("agreement with float32 scores: correlation %s at worst", shown(found["minimum"]))
-    return found

@@ -31,6 +31,7 @@ from pipelines.streaming import prepare, stream
 ROW_GROUP = 256
 INDEX = "index.json"
 _THREADS = 8
+_COUNTED_AT_ONCE = 256
 
 
 def run(context: StageContext) -> StageResult:
@@ -69,20 +70,28 @@ def check_length(config: RunConfig) -> Limits:
 
 
 def _limited(plan: Plan, config: RunConfig) -> Plan:
+    """Cut the plan after `corpus.limit` documents: parts are counted in waves of tasks, each twice the last."""
     limit = config.corpus.limit
     if limit is None:
         return plan
-    records: list[Any] = [plain(part) for part in plan.parts]
-    counted = ray.remote(_counted).remote(records, config, limit)
-    result, error = ray.get(counted)
-    if error is not None:
-        raise error
-    return Plan(with_limits(plan.parts, result, limit), plan.skipped)
+    counts: dict[int, int] = {}
+    count, wave = ray.remote(_counted), 1
+    while len(counts) < len(plan.parts) and sum(counts.values()) < limit:
+        some = plan.parts[len(counts) : len(counts) + wave]
+        waiting: list[Any] = [count.remote(plain(part), config, limit) for part in some]
+        for found, error in ray.get(waiting):
+            if sum(counts.values()) >= limit:  # what comes after the limit is nobody's concern, nor are its errors
+                break
+            if error is not None:
+                raise error
+            counts |= found
+        wave = min(2 * wave, _COUNTED_AT_ONCE)
+    return Plan(with_limits(plan.parts, counts, limit), plan.skipped)
 
 
-def _counted(parts: list[Any], config: RunConfig, limit: int) -> tuple[dict[int, int], BadRecord | None]:
+def _counted(record: Any, config: RunConfig, limit: int) -> tuple[dict[int, int], BadRecord | None]:
     try:
-        return count_documents(tuple(_part(record) for record in parts), config.corpus, limit), None
+        return count_documents((_part(record),), config.corpus, limit), None
     except BadRecord as error:
         return {}, error
 

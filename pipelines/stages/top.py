@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from actors.model import load_tokenizer
-from actors.sequences import StoredSequences
+from actors.sequences import StoredSequences, proposals
 from actors.store import Artifact
 from conf.schema import ModelConfig
 from pipelines.steps import StageContext, StageResult
+
+SHARDS_A_TASK = 64
 
 Ranked = tuple[float, int, str]  # score, sequence_id, feed of the scan
 
@@ -33,7 +34,7 @@ SCHEMA = pa.schema(
 
 
 def shard_top(scores: Artifact, shard: str, queries: int, count: int) -> list[list[Ranked]]:
-    """The highest scores of every query in one file; ties go to the lower sequence id. Runs as a Ray task."""
+    """The highest scores of every query in one file; ties go to the lower sequence id."""
     table = scores.read_table(shard)
     ids = table.column("sequence_id").to_numpy()
     feeds = table.column("feed").cast(pa.string()).to_pylist()
@@ -45,29 +46,30 @@ def shard_top(scores: Artifact, shard: str, queries: int, count: int) -> list[li
     return found
 
 
-def query_feeds(candidates: Artifact, query_id: str, sequence_ids: Sequence[int]) -> dict[int, float]:
-    """BM25 scores of those sequences that BM25 proposed for this query itself."""
-    wanted = pa.array(sequence_ids, pa.int64())
-    file = candidates.open_parquet("candidates.parquet")
-    found = {}
-    for group in range(file.metadata.num_row_groups):
-        table = file.read_row_group(group)
-        mine = (pc.field("query_id") == query_id) & pc.field("sequence_id").isin(wanted)
-        table = table.filter(mine)
-        found |= dict(zip(table.column("sequence_id").to_pylist(), table.column("bm25_score").to_pylist(), strict=True))
-    return found
+def shards_top(scores: Artifact, shards: Sequence[str], queries: int, count: int) -> list[list[Ranked]]:
+    """The highest scores of every query in some files. Runs as a Ray task."""
+    best: list[list[Ranked]] = [[] for _ in range(queries)]
+    for shard in shards:
+        best = merged(best, shard_top(scores, shard, queries, count), count)
+    return best
+
+
+def merged(best: list[list[Ranked]], found: list[list[Ranked]], count: int) -> list[list[Ranked]]:
+    """The highest `count` of two rankings of every query."""
+    both = zip(best, found, strict=True)
+    return [heapq.nsmallest(count, old + new, key=lambda item: (-item[0], item[1])) for old, new in both]
 
 
 def describe_top(
-    query_id: str, ranked: Sequence[Ranked], sequences: Artifact, candidates: Artifact, model: ModelConfig
+    query_id: str, best: Sequence[Ranked], sequences: Artifact, candidates: Artifact, model: ModelConfig
 ) -> list[dict]:
     """Rows of the table of one query. Runs as a Ray task."""
     tokenizer = load_tokenizer(model)
-    ids = [sequence_id for _, sequence_id, _ in ranked]
+    ids = [sequence_id for _, sequence_id, _ in best]
     rows = StoredSequences(sequences).rows(ids, ["input_ids", "document_id", "offset"])
-    proposed = query_feeds(candidates, query_id, ids)
+    proposed = proposals(candidates, query_id, ids)
     found = []
-    for rank, ((score, sequence_id, feed), row) in enumerate(zip(ranked, rows, strict=True), start=1):
+    for rank, ((score, sequence_id, feed), row) in enumerate(zip(best, rows, strict=True), start=1):
         found.append(
             {
                 "query_id": query_id,
@@ -99,24 +101,27 @@ def feed_for(scanned: str, proposed: bool) -> str:
     return "bm25" if proposed else "other"
 
 
+def ranked(context: StageContext, queries: int) -> list[list[Ranked]]:
+    """The highest scores of every query in all files; the driver holds those of one task more."""
+    scores, count = context.inputs["scores"], context.config.scan.top
+    shards = [name for name in scores.list("shard-") if name.endswith(".parquet")]
+    groups = [shards[start : start + SHARDS_A_TASK] for start in range(0, len(shards), SHARDS_A_TASK)]
+    best: list[list[Ranked]] = [[] for _ in range(queries)]
+    with context.progress("top-k", len(shards), "shards") as progress:
+        arguments = [(scores, group, queries, count) for group in groups]
+        for position, found in context.cluster.map(shards_top, arguments):
+            best = merged(best, found, count)
+            progress.advance(len(groups[position]))
+    return best
+
+
 def run(context: StageContext) -> StageResult:
     """Write `top.parquet`."""
-    scores, candidates = context.inputs["scores"], context.inputs["candidates"]
-    records = scores.read_json("queries.json")
-    shards = [name for name in scores.list("shard-") if name.endswith(".parquet")]
-    count = context.config.scan.top
-    best: list[list[Ranked]] = [[] for _ in records]
-    progress = context.progress("top-k", len(shards), "shards")
-    for _, found in context.cluster.map(shard_top, [(scores, shard, len(records), count) for shard in shards]):
-        best = [
-            heapq.nsmallest(count, old + new, key=lambda item: (-item[0], item[1]))
-            for old, new in zip(best, found, strict=True)
-        ]
-        progress.advance(1)
-    progress.close()
+    sequences, candidates = context.inputs["sequences"], context.inputs["candidates"]
+    records = context.inputs["scores"].read_json("queries.json")
     arguments = [
-        (record["query_id"], ranked, context.inputs["sequences"], candidates, context.config.model)
-        for record, ranked in zip(records, best, strict=True)
+        (record["query_id"], best, sequences, candidates, context.config.model)
+        for record, best in zip(records, ranked(context, len(records)), strict=True)
     ]
     rows: dict[int, list[dict]] = dict(context.cluster.map(describe_top, arguments))
     table = pa.Table.from_pylist([row for index in range(len(records)) for row in rows[index]], schema=SCHEMA)

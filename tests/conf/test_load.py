@@ -42,6 +42,7 @@ def test_every_key_has_a_meaning_and_every_option_too():
 def test_every_option_composes(group):
     for option in options(group):
         extra = ["prefilter=bm25"] if group == "unfiltered" else []
+        extra += ["store=s3://bucket/whence"] if group == "cluster" else []
         compose_config([*GIVEN, *extra, f"{group}={option}"])
 
 
@@ -112,7 +113,7 @@ def test_paths(tmp_path, monkeypatch):
     assert config.corpus.path == str(tmp_path / "b.txt")
     assert (config.queries.path, config.store) == ("gs://q", "s3://x")
     assert compose_config(GIVEN).model.path == "gpt2"
-    away = compose_config([*GIVEN, "corpus.path=/on/the/nodes", "cluster.address=auto"])
+    away = compose_config([*GIVEN, "corpus.path=/on/the/nodes", "cluster.address=auto", "store=/shared/store"])
     assert away.corpus.path == "/on/the/nodes"
 
 
@@ -128,7 +129,7 @@ def test_paths(tmp_path, monkeypatch):
         ("+factors.dampng=1", "factors.dampng=1: there is no such key. Did you mean factors.damping_factor?"),
         ("+factors.blocks=1", "+factors.blocks=1: the key exists already. Leave out the plus sign: factors.blocks=1"),
         ("~factors.blocks", "~factors.blocks: a setting cannot be taken away. Give it a value: factors.blocks=..."),
-        ("experiment=foo", "experiment=foo: there is no such option. Allowed: tinystories, null."),
+        ("experiment=foo", "experiment=foo: there is no such option. Allowed: gpt2_1b, paper_52b, tinystories, null."),
         ("prefilter=bm52", "prefilter=bm52: there is no such option. Allowed: bm25, none. Did you mean bm25?"),
         ("prefilter=null", "prefilter=null: there is no such option. Allowed: bm25, none."),
         ("factors.blocks=0", "factors.blocks=0: allowed: a whole number, at least 1"),
@@ -159,10 +160,9 @@ def test_paths(tmp_path, monkeypatch):
         ("model.path=./nowhere", "nowhere: nothing is there. Allowed: local folder or hub name"),
         ("corpus.path=nowhere/*.txt", "nowhere/*.txt: nothing is there. Allowed: file, folder or glob"),
         ("corpus.path=???", "corpus.path: must be given: file, folder or glob"),
-        (
-            "cluster.world_size=2",
-            "cluster.world_size=2: replicas that are sharded over ranks come with a later release",
-        ),
+        ("cluster=autoscaled", "store=.whence/store: is a folder below the current one, which neither other nodes"),
+        ("cluster.min_replicas=2", "cluster.min_replicas=2: more than cluster.max_replicas=1. Allowed: at most 1"),
+        ("model.offload=nvme", "model.offload=nvme: needs model.offload_path. Allowed: a folder on a local disk"),
         ("hydra/launcher=foo", "Could not find 'hydra/launcher/foo'"),
     ],
 )

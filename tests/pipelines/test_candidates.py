@@ -13,6 +13,7 @@ import pytest
 
 from actors.errors import BadRecord, ConfigError
 from actors.queries import read_queries
+from actors.sequences import candidate_files, read_candidates
 from actors.store import Artifact, Store
 from actors.tokeniser import load_tokeniser
 from conf.schema import (
@@ -26,8 +27,9 @@ from conf.schema import (
     UnfilteredKind,
 )
 from influence.bm25 import PresenceBM25, TopK, top_k
-from pipelines.stages import candidates
-from pipelines.stages.candidates import candidates_table, unfiltered_sequences
+from pipelines.stages import candidates, unfiltered
+from pipelines.stages.candidates import candidates_table
+from pipelines.stages.unfiltered import choose
 from pipelines.steps import StageContext
 from pipelines.streaming import stream
 from tests.corpora import byte_model, write_lines
@@ -82,8 +84,7 @@ def test_both_feeds_are_one_sorted_table(
 ) -> None:
     context = stage_context(config, "candidates", {"sequences": sequences_of(rows, tmp_path / "s", 10)})
     result = candidates.run(context)
-    table = context.artifact.read_table("candidates.parquet")
-    found = table.to_pylist()
+    found = read_candidates(context.artifact).to_pylist()
     assert found == sorted(
         found, key=lambda r: (r["sequence_id"], r["feed"], ["late", "early", None].index(r["query_id"]))
     )
@@ -120,12 +121,39 @@ def test_shards_groups_and_cpus_move_no_bit(
     tables = []
     for attempt, (shard, group, cpus) in enumerate([(1000, 16, 1), (10, 3, 1), (7, 1, 2)]):
         monkeypatch.setattr(candidates, "SHARDS_A_TASK", group)
+        monkeypatch.setattr(candidates, "BLOCK", 50)
         monkeypatch.setattr(candidates, "stream", partial(stream, cpus=cpus))
         sequences = sequences_of(rows, tmp_path / "s", shard)
         context = stage_context(config, "candidates", {"sequences": sequences}, attempt=attempt)
         candidates.run(context)
-        tables.append(context.artifact.read_bytes("candidates.parquet"))
+        tables.append({name: context.artifact.read_bytes(name) for name in context.artifact.list()})
+    assert len(tables[0]) == 4
     assert tables[0] == tables[1] == tables[2]
+
+
+def test_files_cover_blocks_of_ids_and_the_index_says_what_is_in_them(
+    config: RunConfig,
+    rows: list[list[int]],
+    tmp_path: Path,
+    stage_context: ContextFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(config, prefilter=PrefilterConfig(kind=PrefilterKind.none))
+    sequences = {"sequences": sequences_of(rows, tmp_path / "s", 50)}
+    whole = stage_context(config, "candidates", sequences)
+    candidates.run(whole)
+    monkeypatch.setattr(candidates, "BLOCK", 4)
+    cut = stage_context(config, "candidates", sequences, attempt=1)
+    candidates.run(cut)
+    assert read_candidates(cut.artifact).equals(read_candidates(whole.artifact))
+    found = candidate_files(cut.artifact)
+    assert 4 <= len(found) < 15 < SEQUENCES / 4  # blocks without a candidate have no file
+    assert cut.artifact.list("block-") == [file["name"] for file in found]
+    for file in found:
+        ids = cut.artifact.read_table(file["name"]).column("sequence_id").to_pylist()
+        assert file["first_sequence_id"] <= min(ids) <= max(ids) < file["stop"] <= file["first_sequence_id"] + 4
+        assert file["rows"] == file["sequences"] == file["unfiltered"] == len(ids)
+        assert file["bm25"] == 0
 
 
 @pytest.mark.usefixtures("two_cpus")
@@ -143,16 +171,17 @@ def test_without_a_prefilter_there_is_the_unfiltered_feed_only(
     sequences = {"sequences": sequences_of(rows, tmp_path / "s", 50)}
     context = stage_context(replace(config, unfiltered=UnfilteredConfig(kind=UnfilteredKind.all)), "all", sequences)
     assert candidates.run(context).counts["per_feed"] == {"bm25": 0, "unfiltered": SEQUENCES}
-    table = context.artifact.read_table("candidates.parquet")
+    table = read_candidates(context.artifact)
     assert table.column("sequence_id").to_pylist() == list(range(SEQUENCES))
     with pytest.raises(ConfigError, match="leave nothing to scan"):
         candidates.run(stage_context(replace(config, unfiltered=NONE), "none", sequences))
 
 
-def test_a_sample_is_exact_seeded_and_nested() -> None:
-    def sample(size: int, seed: int, corpus: int = 5000) -> np.ndarray:
-        return unfiltered_sequences(UnfilteredConfig(sequences=size, seed=seed), corpus)
+def sample(size: int, seed: int, corpus: int = 5000) -> np.ndarray:
+    return choose(UnfilteredConfig(sequences=size, seed=seed), corpus).within(0, corpus)
 
+
+def test_a_sample_is_exact_seeded_and_nested() -> None:
     first = sample(400, 1)
     assert len(first) == len(set(first.tolist())) == 400
     assert first.tolist() == sorted(first.tolist())
@@ -160,14 +189,22 @@ def test_a_sample_is_exact_seeded_and_nested() -> None:
     assert set(first.tolist()) <= set(sample(900, 1).tolist())
     assert len(set(first.tolist()) & set(sample(400, 2).tolist())) < 80  # 32 expected
     assert sample(6000, 1).tolist() == list(range(5000))
-    assert unfiltered_sequences(NONE, 10).tolist() == []
+    assert choose(NONE, 10).within(0, 10).tolist() == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 1999, 19_999])
+def test_a_sample_is_the_smallest_keys_of_all(size: int) -> None:
+    keys = unfiltered._keys(np.arange(20_000), 5)
+    np.testing.assert_array_equal(sample(size, 5, 20_000), np.sort(np.argsort(keys)[:size]))
 
 
 def test_a_sample_is_the_same_in_blocks_and_spreads_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = UnfilteredConfig(sequences=2000, seed=5)
-    whole = unfiltered_sequences(config, 20_000)
-    monkeypatch.setattr(candidates, "_SAMPLE_BLOCK", 777)
-    np.testing.assert_array_equal(unfiltered_sequences(config, 20_000), whole)
+    whole = sample(2000, 5, 20_000)
+    monkeypatch.setattr(unfiltered, "_BLOCK", 777)
+    chosen = choose(UnfilteredConfig(sequences=2000, seed=5), 20_000)
+    assert chosen.count == 2000
+    cut = [chosen.within(first, min(first + 999, 20_000)) for first in range(0, 20_000, 999)]
+    np.testing.assert_array_equal(np.concatenate(cut), whole)
     counts = np.bincount(whole // 2000, minlength=10)
     assert np.all(abs(counts - 200) < 60)
 

@@ -12,6 +12,7 @@ import pytest
 
 from actors.errors import BadRecord, ConfigError
 from conf.keys import GROUPS, keys
+from conf.schema import cores
 from pipelines.command import VERBS, main
 
 ROOT = Path(__file__).parents[2]
@@ -188,7 +189,26 @@ def test_ray_launcher_composes(capsys):
     with initialize_config_module("conf", version_base="1.3"):
         cfg = compose("config", ["hydra/launcher=whence_ray", "cluster.address=auto"], return_hydra_config=True)
     init = cfg.hydra.launcher.ray.init
-    assert (init.address, init.object_store_memory) == ("auto", None)
+    assert (init.address, init.object_store_memory, init.num_cpus) == ("auto", None, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["cluster.cpus_per_rank=3"], 4 * 3 + cores()),
+        (["cluster=replicas2", "cluster.world_size=2"], 4 * 2 * 2 + cores()),
+        (["cluster.num_cpus=5", "cluster.cpus_per_rank=1"], 5),
+        (["cluster=autoscaled"], None),
+    ],
+)
+def test_a_local_ray_of_a_sweep_has_cpus_for_the_jobs_side_by_side(overrides, expected):
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("conf", version_base="1.3"):
+        launcher = compose("config", ["hydra/launcher=whence_ray", *overrides], return_hydra_config=True).hydra.launcher
+    assert launcher.ray.init.num_cpus == expected
+    assert launcher.ray.remote.num_cpus == 0
+    assert dict(launcher.ray.remote.resources) == {"node:__internal_head__": 1 / 4}
 
 
 def test_help(capsys):

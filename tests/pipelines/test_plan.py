@@ -12,24 +12,29 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.corpus import corpus_digest
-from actors.errors import BadRecord
+from actors.errors import BadRecord, ConfigError
 from actors.factors import load_selection
 from actors.store import Artifact, Store
 from conf.load import compose_config
-from conf.schema import ClusterConfig, CorpusConfig, Dtype, FactorsConfig, ModelConfig, QueriesConfig, RunConfig
-from influence.layers import TrackedLayer
-from influence.shape import Attention, ForwardShape, LinearCalls
+from conf.problems import ConfigProblems
+from conf.schema import ClusterConfig, CorpusConfig, Gpu, PlanConfig, RunConfig
 from pipelines import cluster, plan
-from pipelines.estimate import StepCost, Workload, contractions, estimate
+from pipelines.estimate import estimate
 from pipelines.graph import build_steps
-from pipelines.plan import make_plan, run_plan
-from pipelines.rates import ATTENTION, DECOMPOSITIONS, ELEMENTWISE, TEXT, Rates, measure, rates_for
+from pipelines.plan import make_plan, run_plan, step_names
+from pipelines.rates import ATTENTION, DECOMPOSITIONS, DOUBLES, ELEMENTWISE, TEXT, Rates, measure, rates_for
 from pipelines.runner import Runner
+from pipelines.stepcost import StepCost
+from pipelines.timing import dealt, seconds
 from pipelines.tracing import TraceResult
+from pipelines.workload import Lockstep, Workload, contractions
 from tests.integration.world import World, run_locally, write_lines
 
 RATES = Rates(
-    dict.fromkeys(("float32", "float64", "bfloat16", ATTENTION, ELEMENTWISE, DECOMPOSITIONS), 1e9), 1.0, 1.0, "made up"
+    dict.fromkeys(("float32", "float64", "bfloat16", ATTENTION, ELEMENTWISE, DECOMPOSITIONS, DOUBLES), 1e9),
+    1.0,
+    1.0,
+    "made up",
 )
 
 
@@ -95,11 +100,11 @@ def test_a_finished_run_has_nothing_to_do(run: tuple[RunConfig, TraceResult, pla
     for step in after.steps:
         files = result.outcomes[step.name].artifact.record()["files"]  # type: ignore[index]
         assert step.disk == sum(file["bytes"] for file in files.values())
-    assert "0 of 11" in after.text()
+    assert "0 of 13" in after.text()
     assert "tokenised already" in after.text()
     other = make_plan(replace(config, factors=replace(config.factors, damping_factor=0.5)), RATES)
     to_do = {step.name for step in other.steps if step.state != "cached"}
-    assert to_do == {"ihvp", "queries", "scores", "top"}  # another damping refits no factor
+    assert to_do == {"ihvp", "queries", "fidelity", "scores", "agreement", "top"}  # another damping refits no factor
 
 
 def test_it_runs_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -119,7 +124,7 @@ def test_it_runs_nothing(world: World, tmp_path: Path, monkeypatch: pytest.Monke
         "an estimate: the first",
         "bytes a token",
         "bm25 at most 90 (3 queries, 30 each), unfiltered 60",
-        "11 of 11",
+        "13 of 13",
         "time: an estimate. products (192 × 16 × 24) timed for 0.5 s on this machine with 1 threads",
         "0 layers by two thin products, 6 by full gradients",
     ):
@@ -159,23 +164,46 @@ def test_long_and_limited_corpora_are_estimated_from_their_first_lines(world: Wo
 
 
 def test_the_solver_decides_what_there_is_to_do(world: World, tmp_path: Path):
-    names = {
-        solver: [step.name for step in make_plan(world.config(tmp_path, factors__solver=solver), RATES).steps]
-        for solver in ("identity", "kfac", "ekfac")
-    }
-    assert "covariance" not in names["identity"]
-    assert "correction" not in names["kfac"]
-    assert len(names["ekfac"]) == 11
+    for solver, without in (("identity", {"covariance", "eigenbasis", "correction"}), ("kfac", {"correction"})):
+        names = {step.name for step in make_plan(world.config(tmp_path, factors__solver=solver), RATES).steps}
+        assert not names & without
+    for solver in ("identity", "kfac", "ekfac"):
+        config = world.config(tmp_path, factors__solver=solver)
+        assert set(step_names(config)) == {step.name for step in build_steps(config)}
 
 
 def test_time_is_work_over_rates():
-    cost = StepCost({"float32": 8 * 10**9, ELEMENTWISE: 10**9}, pieces=4)
-    rates = {"float32": 2e9, ELEMENTWISE: 1e9}
+    cost = StepCost({"float32": 8 * 10**9, ELEMENTWISE: 10**9}, moved={"rows": 6 * 10**9}, stored=10**9, pieces=4)
+    of = {"float32": 2e9, ELEMENTWISE: 1e9}
+
+    def time(workers: float, world_size: int = 1) -> tuple[float, float, float]:
+        found = seconds(cost, Rates(of, workers, 1, "", link=1e9, store=2e9), world_size)
+        return found.compute, found.network, found.store
+
     assert cost.flops == 8 * 10**9
-    assert cost.seconds(rates, 1) == 5
-    assert cost.seconds(rates, 2) == 2.5
-    assert cost.seconds(rates, 16) == 1.25  # there are four pieces
-    assert StepCost({TEXT: 0}).seconds({}, 1) == 0
+    assert time(1) == (5, 6, 0.5)
+    assert time(2) == (2.5, 3, 0.5)
+    assert time(16) == (1.25, 1.5, 0.5)  # there are four pieces
+    assert time(16, 8) == (5 / 16, 6 / 16, 0.5)  # but two gangs of eight ranks have two pieces each
+    found = seconds(cost, Rates(of, 1, 1, "", link=1e9, store=2e9))
+    assert (found.total, found.overlapped, found.limit) == (11.5, 6, "network")
+    assert seconds(StepCost({TEXT: 0}), Rates({}, 1, 1, "")).total == 0
+    tasks = StepCost({"float32": 8 * 10**9}, pieces=3, tasks=True)
+    assert seconds(tasks, Rates(of, 1, 2, "")).total == 4 / 1.5  # two, then one
+
+
+def test_pieces_are_dealt_whole():
+    assert dealt(16, 16) == dealt(16, 100) == 16
+    assert dealt(16, 12) == dealt(16, 8) == 8
+    assert dealt(10**9, 12) == pytest.approx(12)
+    assert dealt(4, 0.5) == 0.5  # two processes share a core
+    assert dealt(1 << 30, 2.5) == pytest.approx(2.5)
+
+
+def test_ranks_go_through_micro_batches_together():
+    assert Lockstep.over([10], ranks=1, batch=4) == Lockstep(3, 10)
+    assert Lockstep.over([10, 8], ranks=2, batch=2) == Lockstep(3 + 2, 5 + 4)
+    assert Lockstep.over([9], ranks=4, batch=2) == Lockstep(2, 3)  # the last sequence, and three to fill up
 
 
 def test_rates_are_measured_with_the_configured_threads(monkeypatch: pytest.MonkeyPatch):
@@ -186,7 +214,7 @@ def test_rates_are_measured_with_the_configured_threads(monkeypatch: pytest.Monk
     assert all(rate > 1e6 for rate in found.values())
     monkeypatch.setattr("pipelines.rates.cores", lambda: 4)
     rates = rates_for(ClusterConfig(max_replicas=3, cpus_per_rank=2), ["float32"])
-    assert (rates.workers, rates.tasks) == (2, 2)
+    assert (rates.workers, rates.tasks, rates.memory) == (2, 2, None)
     assert "3 ranks of 2 threads share 4 cores" in rates.how
 
 
@@ -200,40 +228,117 @@ def test_gpu_rates_are_assumed_and_said_to_be(monkeypatch: pytest.MonkeyPatch):
     assert "not measured" in rates.how
 
 
-def paper_case() -> Workload:
-    """Section 5's 52 billion parameters: 64 layers of width 8192; 10 million sequences of 512, 100 queries."""
-    width, inner, blocks = 8192, 32768, 64
-    layers, linears, attentions = [], [], []
-    for block in range(blocks):
-        for name, inputs, outputs in (("up", width, inner), ("down", inner, width)):
-            path = f"{block}.{name}"
-            layers.append(TrackedLayer(path, (path,), inputs, outputs, True, False, path))
-            linears.append(LinearCalls(path, inputs, outputs))
-        linears += [LinearCalls(f"{block}.qkv", width, 3 * width), LinearCalls(f"{block}.out", width, width)]
-        attentions.append(Attention(f"{block}", width))
-    linears.append(LinearCalls("head", width, 50_000))
-    shape = ForwardShape(
-        tuple(linears), tuple(attentions), {layer.name: 1 for layer in layers}, 50_000, 64 * 20 * width
-    )
-    config = RunConfig(
-        model=ModelConfig(dtype=Dtype.bfloat16), factors=FactorsConfig(blocks=2), queries=QueriesConfig(rank="32")
-    )
-    return Workload(config, tuple(layers), shape, 52_000_000_000, 10_000_000, 512, 10_000_000, (64,) * 100)
+@pytest.fixture(scope="module")
+def paper() -> plan.Plan:
+    """Section 5's largest model: 64 layers of width 8192; 10 million sequences of 512, 100 queries, 128 GPUs."""
+    return make_plan(compose_config(["experiment=paper_52b"], planned=True))
 
 
-def test_a_model_that_nobody_has_can_be_planned():
-    load = paper_case()
-    costs = estimate(load)
-    assert costs["covariance"].memory["weights"] == 2 * 52_000_000_000
-    one_block = 4 * (8193**2 + 2 * 32768**2 + 32769**2 + 8192**2 - 32768**2) / 2
-    assert costs["covariance"].memory["sums"] == pytest.approx(64 * one_block, rel=1e-3)
-    assert costs["correction"].memory["sums"] == 64 * 4 * (8193 * 32768 + 32769 * 8192)
+def costs_of(made: plan.Plan) -> dict[str, StepCost]:
+    return {step.name: step.cost for step in made.steps}
+
+
+def replanned(made: plan.Plan, **changes: Any) -> Workload:
+    """Its workload with other settings of the cluster."""
+    config = made.load.config
+    return replace(made.load, config=replace(config, cluster=replace(config.cluster, **changes)))
+
+
+def test_a_model_that_nobody_has_can_be_planned(paper: plan.Plan):
+    load, costs = paper.load, costs_of(paper)
+    assert load.parameters == pytest.approx(52e9, rel=0.001)
+    assert (load.sequences, load.tokens, load.candidates, load.queries) == (10**7, 512, 10**7, 100)
+    assert {step.state for step in paper.steps} == {"to do"}
+    weights = costs["covariance"].memory["weights"]
+    assert weights == -(-load.parameters // 8) * 2
+    one_block = 4 * (8193**2 + 2 * 32768**2 + 32769**2 + 8192**2 - 32768**2) / 2  # two blocks a side
+    assert 8 * costs["covariance"].memory["sums"] == pytest.approx(64 * one_block / 2, rel=0.02)
+    bases = 2 * (8193**2 + 32768**2 + 32769**2 + 8192**2) // 2
+    first = len(costs["correction"].passes[0]) / 2
+    assert 8 * costs["correction"].memory["bases"] == pytest.approx(first * bases, rel=0.01)
     assert set(contractions(load).values()) == {"factored"}  # full queries would not fit
-    floor = costs["scores"].work["bfloat16"] / load.candidates
-    assert floor == pytest.approx(4 * 512 * 52e9, rel=0.05)  # forward and backward to activations: 4·T·parameters
-    extra = costs["scores"].work["float32"] / load.candidates
-    assert extra == 2 * 64 * 512 * 3200 * 2 * (8192 + 32768)
+    floor = (costs["scores"].work["bfloat16"] / load.candidates) - 2 * 64 * 512 * 3200 * 2 * (8192 + 32768)
+    assert floor == pytest.approx(4 * 512 * 52e9, rel=0.06)  # forward and backward to activations: 4·T·parameters
     assert all(cost.flops >= 0 for cost in costs.values())
+    assert not paper.warnings
+
+
+def test_passes_hold_what_a_rank_may_hold(paper: plan.Plan):
+    one, limit = costs_of(paper)["correction"], 20_000_000_000
+    two = estimate(replanned(paper, memory_per_rank=limit))["correction"]
+    assert (len(one.passes), len(two.passes)) == (1, 3)
+    assert two.memory["sums"] + two.memory["bases"] <= limit < one.memory["sums"] + one.memory["bases"]
+    assert 1.3 < two.flops / one.flops < 1.8  # the model runs over the sample again
+    assert two.moved["rows"] == pytest.approx(one.moved["rows"], rel=1e-6)
+    assert 2 < two.moved["weights"] / one.moved["weights"] < 3  # a pass over the last layers goes back less far
+    assert two.pieces == 3 * one.pieces
+
+
+def test_bytes_moved_are_those_of_the_formulas(paper: plan.Plan):
+    load, costs = paper.load, costs_of(paper)
+    steps = load.samples // (8 * 2)  # in groups of 6250 sequences, 391 micro-batches each
+    once = 7 / 8 * 2 * load.parameters  # bytes of bfloat16 that a rank has not got
+    forward_and_backward = costs["covariance"].moved["weights"] / 8 / steps / once
+    assert forward_and_backward == pytest.approx(2, abs=0.03)
+    rows = 7 * 100_000 * 511 * 128 * (8192 + 32768) * 2
+    assert costs["covariance"].moved["rows"] == pytest.approx(rows, rel=0.001)
+    assert "rows" not in costs["scores"].moved
+    shared = estimate(replanned(paper, memory_per_rank=30_000_000_000))["scores"]
+    assert shared.moved["rows"] == pytest.approx(100 * rows, rel=0.001)
+    factored = costs["scores"].memory["factored queries"]
+    assert factored == 2 * 128 * 3200 * (8192 + 32768) + 2 * 128 * 3200  # with a row for the bias
+    assert shared.memory["factored queries"] == factored // 8
+    alone = estimate(replanned(paper, world_size=1))
+    assert not any(cost.moved for cost in alone.values())
+
+
+def test_a_plan_warns_of_what_would_not_work():
+    base = ["experiment=paper_52b"]
+
+    def warnings(*overrides: str) -> str:
+        return "\n".join(make_plan(compose_config([*base, *overrides], planned=True)).warnings)
+
+    assert "syevd" not in warnings()
+    whole = warnings("factors.blocks=1")
+    assert "blocks of 32,769 coordinates; LAPACK with 32-bit integers decomposes 32,766 at most" in whole
+    assert "Set factors.blocks=2 or more" in whole
+    narrow = warnings("cluster.memory_per_rank=null", "cluster.world_size=4", "cluster.max_replicas=16")
+    assert "correction: a rank would hold" in narrow
+    assert "Set cluster.memory_per_rank below what is free" in narrow
+    assert "Lower scan.batch_size (now 16)" in warnings("scan.batch_size=16")
+    assert "16 units of work for 32 replicas. Raise factors.groups" in warnings("cluster.max_replicas=32")
+    config = compose_config([*base, "cluster.memory_per_rank=100_000_000"], planned=True)
+    with pytest.raises(ConfigError, match=r"too small for transformer\.h\.0\.mlp\.c_fc") as caught:
+        make_plan(config)
+    assert "set cluster.world_size=64" in str(caught.value)
+
+
+def test_numbers_stand_in_for_files_in_a_plan_alone(world: World, tmp_path: Path):
+    given = [f"model.path={world.root / 'llama'}", f"store={tmp_path}"]
+    stand_ins = ["plan.sequences=1000", "plan.queries=5", "corpus.sequence_length=16"]
+    with pytest.raises(ConfigProblems, match=r"corpus\.path: must be given"):
+        compose_config([*given, *stand_ins])
+    with pytest.raises(ConfigProblems, match=r"queries\.path: must be given"):
+        compose_config([*given, "plan.sequences=1000"], planned=True)
+    made = make_plan(compose_config([*given, *stand_ins], planned=True), RATES)
+    assert (made.load.sequences, made.load.tokens, made.load.query_tokens) == (1000, 16, (64,) * 5)
+    assert "plan.sequences, of 16 tokens each: no corpus was read" in made.text()
+    contrast = [*given, *stand_ins, "queries.measurement=contrast", "plan.query_tokens=9"]
+    assert make_plan(compose_config(contrast, planned=True), RATES).load.query_tokens == (18,) * 5
+
+
+def test_gpus_networks_and_stores_that_are_given():
+    cluster = ClusterConfig(address="auto", max_replicas=4, world_size=16, cpus_per_rank=4, gpus_per_rank=1.0)
+    given = PlanConfig(gpu=Gpu.h100, cpu_flops=1e10, network_bytes=50e9, store_bytes=2e9, utilisation=0.5)
+    rates = rates_for(cluster, ["bfloat16"], assumed=given)
+    assert rates.of["bfloat16"] == 0.5 * 989e12
+    assert rates.of[DOUBLES] == 4e10
+    assert rates.link == 50e9  # a gang of 16 spans two nodes of eight
+    assert rates.store == 8 * 2e9
+    assert (rates.workers, rates.tasks, rates.memory) == (64, 64, 80 * 10**9)
+    inside = rates_for(replace(cluster, world_size=8), ["bfloat16"], assumed=given)
+    assert inside.link == pytest.approx(0.7 * 450e9)
+    assert rates_for(cluster, ["bfloat16"], assumed=replace(given, cpus=1024)).tasks == 256
 
 
 @pytest.mark.shared

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from actors.corpus import CorpusFile, Part
+from actors.corpus import CorpusFile, Part, plan_parts
 from actors.errors import BadRecord, ConfigError
 from actors.packing import PartSummary
 from actors.store import Artifact
@@ -145,6 +145,15 @@ def test_a_limit_takes_the_first_documents(config: RunConfig, stage_context: Con
     assert tokenise.run(context).counts["documents"] == 45
     names = dict.fromkeys(row["document_id"] for row in rows_of(context.artifact))
     assert list(names) == [f"a.jsonl:{i + 1}" for i in range(40)] + [f"b.jsonl:{i + 2}" for i in range(5)]
+
+
+def test_records_after_the_limit_are_nobodys_concern(config: RunConfig, stage_context: ContextFactory) -> None:
+    path = Path(config.corpus.path) / "b.jsonl"
+    path.write_bytes(path.read_bytes() + b"{\n")
+    context = stage_context(changed(config, limit=41, pack=False), "sequences")
+    assert tokenise.run(context).counts["documents"] == 41
+    parts = len(plan_parts(config.corpus).parts)
+    assert parts > 8  # so that there are several waves, and the bad record is in the last part
 
 
 def test_a_bad_record_reaches_the_driver_as_it_was_raised(config: RunConfig, stage_context: ContextFactory) -> None:

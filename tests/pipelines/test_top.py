@@ -15,10 +15,10 @@ from actors.store import Artifact, Store
 from conf.schema import ModelConfig, RunConfig, ScanConfig
 from pipelines.progress import Progress
 from pipelines.stages import top
-from pipelines.stages.top import feed_for, query_feeds, shard_top
+from pipelines.stages.top import feed_for, merged, shard_top, shards_top
 from pipelines.steps import StageContext
 from tests.corpora import byte_model
-from tests.integration.world import write_sequences
+from tests.integration.world import write_candidates, write_sequences
 
 QUERIES = 3
 SEQUENCES = 40
@@ -92,25 +92,36 @@ def test_the_feed_of_a_query(scanned: str, proposed: bool, expected: str):
 
 @pytest.fixture
 def candidates(store: Store) -> Artifact:
-    found = store.folder("candidates", "3" * 64)
-    rows = [("query 0", 2, 0.5), ("query 1", 2, 0.7), (None, 3, None), ("query 0", 9, 0.25), (None, 9, None)]
-    names = ("query_id", "sequence_id", "bm25_score")
-    table = pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
-    found.write_table("candidates.parquet", table, row_group_size=2)
-    return found
+    rows = [
+        ("query 0", 2, "bm25", 0.5),
+        ("query 1", 2, "bm25", 0.7),
+        (None, 3, "unfiltered", None),
+        ("query 0", 9, "bm25", 0.25),
+        (None, 9, "unfiltered", None),
+    ]
+    return write_candidates(store, rows)
 
 
-def test_bm25_scores_are_those_of_the_query_itself(candidates: Artifact):
-    assert query_feeds(candidates, "query 0", [2, 3, 9]) == {2: 0.5, 9: 0.25}
-    assert query_feeds(candidates, "query 0", [3]) == {}
-    assert query_feeds(candidates, "query 1", [2, 9]) == {2: 0.7}
-    assert query_feeds(candidates, "query 2", [2, 9]) == {}
+def test_groups_of_shards_are_ranked_as_one(scores: Artifact, values_NQ: np.ndarray):
+    names = [f"shard-{shard:06d}.parquet" for shard in range(3)]
+    whole = shards_top(scores, names, QUERIES, 7)
+    assert [[number for _, number, _ in ranked] for ranked in whole] == [
+        head(values_NQ[:, q], 7) for q in range(QUERIES)
+    ]
+    first, second = (shards_top(scores, some, QUERIES, 7) for some in (names[:1], names[1:]))
+    assert merged(first, second, 7) == merged(second, first, 7) == whole
 
 
 def test_the_stage_ranks_over_all_shards_with_text(
-    store: Store, scores: Artifact, candidates: Artifact, values_NQ: np.ndarray, tmp_path: Path
+    store: Store,
+    scores: Artifact,
+    candidates: Artifact,
+    values_NQ: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     model = ModelConfig(path=str(byte_model(tmp_path / "model")))
+    monkeypatch.setattr(top, "SHARDS_A_TASK", 2)
     sequences = write_sequences(store, [[2 + number, 3] for number in range(SEQUENCES)], shard=16)
 
     def one_by_one(function: Any, arguments: list) -> Any:

@@ -36,7 +36,7 @@ class Finished:
         self._store = store
 
     def run(self) -> dict[str, StageOutcome]:
-        names = ("layers", "sequences", "queries", "candidates", "scores", "top")
+        names = ("layers", "sequences", "candidates", "fidelity", "scores", "agreement", "top")
         return {name: self._outcome(name) for name in names}
 
     def _outcome(self, name: str) -> StageOutcome:
@@ -55,11 +55,14 @@ class Finished:
         index = {"sequences": 4, "tokens": 100, "documents": 3, "skipped": {"malformed JSON": 1}, "shards": []}
         artifact.write_json("index.json", index)
 
-    def queries(self, artifact: Artifact) -> None:
+    def fidelity(self, artifact: Artifact) -> None:
         artifact.write_json("fidelity.json", {})
 
+    def agreement(self, artifact: Artifact) -> None:
+        artifact.write_json("agreement.json", {})
+
     def candidates(self, artifact: Artifact) -> None:
-        artifact.write_json("index.json", {"per_feed": {"bm25": 4, "unfiltered": 0}})
+        artifact.write_json("index.json", {"per_feed": {"bm25": 4, "unfiltered": 0}, "files": [{"name": "x"}]})
 
     def scores(self, artifact: Artifact) -> None:
         for shard in range(self.shards):
@@ -67,7 +70,6 @@ class Finished:
             table = {"sequence_id": [2 * shard, 2 * shard + 1], "feed": ["bm25"] * 2, "scores": scores}
             artifact.write_table(f"shard-{shard:06d}.parquet", pa.table(table))
             artifact.write_json(f"parts/shard-{shard:06d}.json", {})
-        artifact.write_json("agreement.json", {})
         artifact.write_json("queries.json", [QUERY | {"ranks": {"a": 3, "b": 4}, "predicted_fidelity": 0.9}])
 
     def top(self, artifact: Artifact) -> None:
@@ -105,6 +107,7 @@ def test_the_summary_is_what_the_result_holds(config: RunConfig, tmp_path: Path)
     assert stage["tokens_per_replica_second"] == 25.0
     assert "tokens_per_second" not in result.summary["stages"]["top"]  # no time, no rate
     assert result.summary["corpus"]["skipped"] == {"malformed JSON": 1}
+    assert result.summary["candidates"] == {"per_feed": {"bm25": 4, "unfiltered": 0}}  # not a line a file
     assert result.summary["artifacts"]["top"] == result.artifact("top").uri
 
 
@@ -130,12 +133,39 @@ def test_files_are_copied_where_they_cannot_be_linked(
     assert len(result.scores_table()) == 4
 
 
-def test_a_damaged_artifact_is_not_copied(config: RunConfig, tmp_path: Path):
+def test_scores_are_linked_without_being_read(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_trace(config, tmp_path / "first")
+    read = []
+    given = Artifact.read_bytes
+    monkeypatch.setattr(Artifact, "read_bytes", lambda self, name: read.append(name) or given(self, name))
+    monkeypatch.setattr(Artifact, "open_parquet", lambda self, name: read.append(name))
+    result = run_trace(config, tmp_path / "second")
+    assert not [name for name in read if name.startswith("shard-")]
+    assert len(pq.read_table(result.run_dir / "scores")) == 4
+
+
+def test_a_damaged_table_is_not_copied(config: RunConfig, tmp_path: Path):
+    result = run_trace(config, tmp_path / "first")
+    flip(Path(result.artifact("top").uri, "top.parquet"))
+    with pytest.raises(ChecksumError, match=r"top\.parquet"):
+        run_trace(config, tmp_path / "second")
+
+
+def test_scores_that_were_cut_short_are_not_linked_and_damaged_ones_not_served(config: RunConfig, tmp_path: Path):
     result = run_trace(config, tmp_path / "first")
     path = Path(result.artifact("scores").uri, "shard-000001.parquet")
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    flip(path)
     with pytest.raises(ChecksumError, match=r"shard-000001\.parquet"):
-        run_trace(config, tmp_path / "second")
+        run_trace(config, tmp_path / "second").scores_table()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ChecksumError, match=r"shard-000001\.parquet"):
+        run_trace(config, tmp_path / "third")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_a_table_for_the_terminal_shows_the_head_of_every_query():
