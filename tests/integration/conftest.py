@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from pipelines.tracing import TraceResult
 from tests.integration.world import World, run_locally
 
 transformers.utils.logging.disable_progress_bar()
+
+UNTOUCHED = "untouched"
 
 
 @pytest.fixture(scope="session")
@@ -28,4 +31,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def traced(ray_session: None, world: World, store: Path, tmp_path_factory: pytest.TempPathFactory) -> TraceResult:
     """A finished run with the settings of `World.settings`, by a replica in this process."""
-    return run_locally(world.config(store), tmp_path_factory.mktemp("traced"))
+    result = run_locally(world.config(store), tmp_path_factory.mktemp("traced"))
+    shutil.copytree(store, store.parent / UNTOUCHED)
+    return result
+
+
+@pytest.fixture
+def own_store(traced: TraceResult, store: Path, tmp_path: Path) -> Path:
+    """A store of the test's own with what `traced` left in it, and nothing of what other tests added since."""
+    return shutil.copytree(store.parent / UNTOUCHED, tmp_path / "store")

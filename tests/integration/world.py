@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from actors.pool import LocalPool
+from actors.sequences import CANDIDATES
 from actors.store import Artifact, Store
 from actors.tasks import ReplicaSpec
 from conf.schema import RunConfig
@@ -180,7 +181,9 @@ class LocalCluster(Cluster):
             self.replicas.append(LocalPool(ReplicaSpec(self._config.model, self._config.scan, self._config.cluster)))
         return self.replicas[0]
 
-    def map(self, function: Callable[..., Any], arguments: Iterable[tuple]) -> Iterator[tuple[int, Any]]:
+    def map(
+        self, function: Callable[..., Any], arguments: Iterable[tuple], memory: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Run a function on each tuple of arguments."""
         for position, argument in enumerate(arguments):
             yield position, function(*argument)
@@ -217,6 +220,25 @@ def write_sequences(store: Store, rows: Sequence[Sequence[int]], shard: int = 64
         shards.append({"name": name, "first_sequence_id": first, "rows": len(part), "tokens": tokens})
     index = {"sequences": len(rows), "tokens": sum(map(len, rows)), "documents": len(rows), "skipped": {}}
     artifact.write_json("index.json", index | {"shards": shards, "vocabulary": VOCABULARY})
+    artifact.commit({}, {}, {}, 0.0)
+    return artifact
+
+
+Candidate = tuple[str | None, int, str, float | None]  # query_id, sequence_id, feed, bm25_score
+
+
+def write_candidates(store: Store, rows: Sequence[Candidate], block: int = 64, row_group: int = 256) -> Artifact:
+    """A committed `candidates` artifact of the given rows, which are sorted by sequence."""
+    artifact = store.folder("candidates", "c" * 64)
+    files = []
+    for first in range(0, max(sequence for _, sequence, _, _ in rows) + 1, block):
+        mine = [dict(zip(CANDIDATES.names, row, strict=True)) for row in rows if first <= row[1] < first + block]
+        if mine:
+            name = f"block-{first // block:05d}.parquet"
+            artifact.write_table(name, pa.Table.from_pylist(mine, schema=CANDIDATES), row_group)
+            place = {"name": name, "first_sequence_id": first, "stop": first + block, "rows": len(mine)}
+            files.append(place | {"sequences": len({row["sequence_id"] for row in mine})})
+    artifact.write_json("index.json", {"files": files, "rows": len(rows)})
     artifact.commit({}, {}, {}, 0.0)
     return artifact
 
