@@ -5,9 +5,9 @@
     <folder>/.../.tmp-<uuid>          a file that is being written
 
 Whatever dies leaves either a whole file that can be verified or none. Until the move is done, a checksum names the new
-version and all that were announced before it, so that an older one stays readable if the move never happens, and so does
-that of another writer, a process that was given up for dead, say. On S3, where an object appears when it is complete,
-files are written in their place at once.
+version and all that were announced before it: an older one stays readable if the move never happens, and so does one of
+another writer, a process that was given up for dead, say. On S3, where an object appears when it is complete, files are
+written in their place at once.
 """
 
 from __future__ import annotations

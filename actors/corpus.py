@@ -122,7 +122,9 @@ def list_files(config: CorpusConfig) -> list[CorpusFile]:
         found = _in_datasets_folder(filesystem, base) if pattern is None else None
         found = found if found is not None else _in_folder(filesystem, base, pattern, config)
     else:
-        raise ConfigError(f"corpus.path={shown(config.path)!r} does not exist", remedy="give a file, a folder or a glob")
+        raise ConfigError(
+            f"corpus.path={shown(config.path)!r} does not exist", remedy="give a file, a folder or a glob"
+        )
     if not found:
         known = ", ".join(extension for extensions in _EXTENSIONS.values() for extension in extensions)
         raise ConfigError(
@@ -297,5 +299,7 @@ def _format(name: str, wanted: CorpusFormat, path: str) -> CorpusFormat:
     found = wanted if wanted is not CorpusFormat.auto else _by_extension(name)
     if found is None:
         allowed = ", ".join(kind.name for kind in _EXTENSIONS)
-        raise ConfigError(f"the format of corpus.path={shown(path)!r} is not known", remedy=f"set corpus.format to {allowed}")
+        raise ConfigError(
+            f"the format of corpus.path={shown(path)!r} is not known", remedy=f"set corpus.format to {allowed}"
+        )
     return found

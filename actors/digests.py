@@ -1,10 +1,10 @@
 """Digests that are remembered from run to run, so that large files are read once and not each time.
 
 What is trusted: a file whose stamp has not changed has not changed. The stamp of a local file is its size, its times of
-modification and of change (which nothing but the kernel sets), inode and device; that of an S3 object is its size and
-ETag. A file that changed less than two seconds before it was read is not remembered, since clocks of file systems are coarse.
-Files elsewhere have no stamp and are read each time. Damage that leaves the stamp as it is, a bit that rots on the disk,
-is not seen this way: what a stage computes with is therefore verified by reading it (`actors.store`).
+modification and of change (which nothing but the kernel sets), inode and device; that of an S3 object is its ETag, which
+a HEAD request tells. A file that changed less than two seconds before it was read is not remembered, since clocks of
+file systems are coarse. Files elsewhere have no stamp and are read each time. Damage that leaves the stamp as it is, a
+bit that rots on the disk, is not seen this way: what a stage computes with is verified by reading it (`actors.store`).
 
 Stamps are kept in a small file for each folder, below `$WHENCE_CACHE`, else `$XDG_CACHE_HOME/whence`, else
 `~/.cache/whence`. They can be deleted at any time; then everything is read once more.
@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from pyarrow.fs import FileSystem
@@ -112,4 +113,5 @@ def _write(book: Path, known: Known) -> None:
         aside.replace(book)
     except OSError as error:
         logger.debug("digests cannot be remembered in %s: %s", book, error)
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()

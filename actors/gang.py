@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -187,18 +186,10 @@ class Gang:
 
     def kill(self) -> None:
         """End all ranks and give their room back: the one way out."""
-        self._overhear()
         for actor in self._actors:
             ray.kill(actor)
         remove_placement_group(self._placement)
         self._actors, self._refs, self._asked, self._cancels = [], {}, {}, []
-
-    def _overhear(self) -> None:
-        """Take answers that nobody will use; Ray would print the errors among them to the user's terminal."""
-        refs = [*self._refs, *self._asked, *self._cancels]
-        for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else ():
-            with suppress(RayError):
-                ray.get(ref)
 
     def _hear(self) -> str | None:
         dead = None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
+import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +21,8 @@ from actors.replica import Replica
 from actors.sharding import free_address, is_communication, join
 from actors.tasks import Done, ReplicaSpec
 from influence.layers import LayerSelection
+
+SIOCGIFADDR = 0x8915  # Linux: ask for the address of a network interface
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,16 @@ def lost_fellows(rank: int, size: int) -> Iterator[None]:
         if size == 1 or not is_communication(error):
             raise
         raise GangBroken(f"the ranks of a replica lost one another: {error}", rank=rank) from error
+
+
+def interface(ip: str) -> str | None:
+    """The network interface that has an IPv4 address; None where the system does not tell (it does on Linux)."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+            if socket.inet_ntoa(found[20:24]) == ip:
+                return name
+    return None
 
 
 class RankActor:
@@ -100,6 +116,9 @@ class RankActor:
     def _load(self, spec: ReplicaSpec, address: str) -> Replica:
         if self._size == 1:
             return Replica(spec)
+        name = interface(ray.util.get_node_ip_address())
+        if name is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # gloo asks for the host's name, often that of loopback
         cluster = spec.cluster
         timeout, gpu = cluster.collective_timeout, cluster.gpus_per_rank > 0
         return Replica(spec, join(self._rank, self._size, address, timeout, gpu))

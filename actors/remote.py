@@ -1,10 +1,10 @@
 """S3 over a network that fails now and then: what fails in passing is asked for again, after pauses that grow.
 
-The SDK inside pyarrow repeats a request by itself for about half a second, silently. What lasts longer is repeated here,
-each time with a line in the log, for as long as `Patience` says; then the user reads which object could not be reached
-and what to do (`Unreachable`). A file is read in ranges, and each range is repeated alone; a file is written as a whole,
-in several parts at once where it is large, and repeated as a whole. Objects appear when they are complete, so that
-nothing is written aside and moved.
+The SDK inside pyarrow repeats a request by itself for about half a second, silently. What lasts longer is repeated
+here, each time with a line in the log, for as long as `Patience` says; then the user reads which object could not be
+reached and what to do (`Unreachable`). A file is read in ranges, and each range is repeated alone; a file is written
+as a whole, in several parts at once where it is large, and repeated as a whole. Objects appear when they are complete, so
+that nothing is written aside and moved.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _PASSING = re.compile(
 )
 _REFUSED = re.compile(
     r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|SIGNATURE_DOES_NOT_MATCH"
-    r"|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN|INVALID_SIGNATURE|UNKNOWN \(HTTP status (400|401|403)\))|Expired"
+    r"|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN|INVALID_SIGNATURE|UNKNOWN \(HTTP status (400|401|403)\))"
+    r"|Expired"
 )
 _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|Bucket '.*' not found|bucket '.*' not found", re.IGNORECASE)
 _ORDINARY = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
@@ -107,7 +108,9 @@ def unreachable(uri: str, error: OSError, attempts: int) -> Unreachable:
         how, remedy = "there is no such bucket", "create the bucket, or correct the URI"
     elif _REFUSED.search(reason):
         how = "the object store refuses"
-        remedy = "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN) and what they allow"
+        remedy = (
+            "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN) and what they allow"
+        )
     else:
         how, remedy = "the object store failed", "check the URI, the credentials and the network"
     return Unreachable(f"{how} ({reason})", file=uri, remedy=f"{remedy}, and run again: finished parts are kept")
@@ -117,8 +120,8 @@ def open_s3(uri: str, shown: str) -> tuple[fs.FileSystem, str]:
     """Open an S3 file system that persists, and the path within it.
 
     Args:
-        uri: `s3://[key:secret@]bucket/path[?region=..&endpoint_override=..&scheme=..]`; credentials, region and endpoint
-            that it does not name are those of the AWS_... variables and configuration files.
+        uri: `s3://[key:secret@]bucket/path[?region=..&endpoint_override=..&scheme=..]`; credentials, region and
+            endpoint that it does not name are those of the AWS_... variables and configuration files.
         shown: The same without secrets, for messages.
 
     Raises:

@@ -33,6 +33,7 @@ from actors.factors import (
 from actors.holdings import HeldBases, HeldQueries
 from actors.model import load_model, load_skeleton
 from actors.sequences import SequenceSource, StoredSequences, candidate_rows
+from actors.sharding import unload
 from actors.store import Artifact
 from actors.tasks import AgreementTask, Done, FidelityTask, GroupTask, QueryTask, ReplicaSpec, ScanTask
 from conf.schema import Dtype as DtypeName
@@ -232,7 +233,11 @@ class Replica:
                 held = {name: value.share(self.exchange.rank, self.exchange.size) for name, value in held.items()}
             return {name: value.to(torch.float32, torch.float32, self.device) for name, value in held.items()}
 
-        return self._compared(task, (planned, self.worker, self._queries.shared), (stored, exact, self._queries.shared))
+        shared = self._queries.shared
+        try:
+            return self._compared(task, (planned, self.worker, shared), (stored, exact, shared))
+        finally:
+            unload(exact.model)
 
     # --- parts ------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from actors.digests import remembered_digests
 from actors.errors import ChecksumError, StaleArtifact, WriteFailed
 from actors.filesystem import absolute, file_digest, is_local, locate, read_stream
 from actors.records import FORMAT, difference, make_record, sealed
-from actors.unfinished import to_forget
+from actors.unfinished import is_missed, to_forget
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +147,13 @@ class Artifact:
             The record.
 
         Raises:
-            ChecksumError: If a file is not the one that was written.
+            ChecksumError: If a file is of another size than what was written, or missing.
         """
         self._refuse_if_committed(RECORD)
+        names = self.list()
+        for name in sorted(self._folder.with_checksum().difference(names)):
+            if is_missed(name, names):
+                raise self._damaged(name, "the file is missing")
         record = make_record(
             kind=self.kind,
             fingerprint=self.fingerprint,
@@ -158,7 +162,7 @@ class Artifact:
             counts=counts,
             seconds=seconds,
             extra=extra or {},
-            files={name: asdict(self._settled(name)) for name in self.list()},
+            files={name: asdict(self._settled(name)) for name in names},
         )
         self._folder.write_unchecked(RECORD, json.dumps(record, indent=1).encode())
         try:

@@ -27,6 +27,16 @@ def to_forget(name: str, names: Collection[str]) -> set[str]:
     return ({name} & there) | (_own_vouchers(name) & there or _all_vouchers(there))
 
 
+def is_missed(name: str, names: Collection[str]) -> bool:
+    """Whether a file that was announced and is not there has been lost, rather than cut short before it was in place.
+
+    Args:
+        name: The file.
+        names: All files of an artifact that is to be committed.
+    """
+    return not name.startswith(PARTS) or not _own_vouchers(name).isdisjoint(names)
+
+
 def _own_vouchers(name: str) -> set[str]:
     folders = name.split("/")[:-1]
     above = {"/".join([*folders[:depth], DONE]) for depth in range(2, len(folders) + 1)}

@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.overhead [--repeats 5] [--sequences 1600] [--output FILE.md]
     OMP_NUM_THREADS=1 python -m benchmarks.overhead --memory [--sequences 2000] [--output FILE.md]
 
-The scan: every way does the same tasks (shards of candidates, each read, scored and committed to a store) with one thread
-a process, in a process of its own that is started anew each time, at the priority that Ray gives its workers. The plain
-loop calls `Replica.scan` for one task after the other; the others hand the tasks to a pool. Ways take turns, and a ratio
-is taken within its turn. Start-up (Ray, then the model) is timed apart. "Between tasks" is what a replica spent
-without one, from the first to the last: time that only the pool can have taken.
+The scan: every way does the same tasks (shards of candidates, each read, scored and committed to a store), one thread a
+process, in processes that are started anew each time, at the priority that Ray gives its workers. The plain loop calls
+`Replica.scan` for one task after the other; the others hand the tasks to a pool. Ways take turns, and a ratio is taken
+within its turn. Start-up (Ray, then the model) is timed apart. "Between tasks" is what a replica spent without one,
+from the first to the last: time that only the pool can have taken.
 
 The memory: a whole trace, with one replica, of a corpus and of one ten times as large: the driver's own peak of
 resident memory, and of what Python allocated there after Ray had started (tracemalloc).

@@ -273,6 +273,14 @@ def _replicas_in_order(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _ranks_have_whole_gpus(config: RunConfig) -> Iterator[Problem]:
+    cluster = config.cluster
+    if cluster.world_size > 1 and cluster.gpus_per_rank not in (0, 1):
+        reason = "ranks of one replica talk over NCCL, which needs a GPU for each. Allowed: 0 or 1"
+        names = ("cluster.gpus_per_rank", "cluster.world_size")
+        yield Problem(f"cluster.gpus_per_rank={cluster.gpus_per_rank:g} with world_size above 1", reason, names)
+
+
 def _offload_has_a_place(config: RunConfig) -> Iterator[Problem]:
     if config.model.offload is Offload.nvme and config.model.offload_path is None:
         reason = "needs model.offload_path. Allowed: a folder on a local disk of every node"
@@ -315,4 +323,10 @@ def _store_in_reach(config: RunConfig, given: str) -> Iterator[Problem]:
 
 
 Rule = Callable[[RunConfig], Iterator[Problem]]
-RULES: tuple[Rule, ...] = (_something_to_scan, _cpus_suffice, _replicas_in_order, _offload_has_a_place)
+RULES: tuple[Rule, ...] = (
+    _something_to_scan,
+    _cpus_suffice,
+    _replicas_in_order,
+    _ranks_have_whole_gpus,
+    _offload_has_a_place,
+)

@@ -5,9 +5,13 @@ seconds. A claim is dead when its process is gone from this very machine, or whe
 `dead_after` seconds on the watcher's own clock, so that no two clocks are compared. A dead claim is taken over.
 
 On a local or network folder, looking at a claim and writing it happen under a file lock, so one of several watchers
-gets it. Object stores have no lock: there the last writer wins, and reads the claim again after `settle` seconds. Were
-two to believe that they hold it for a moment, the next heartbeat tells one of them (`ClaimLost`), and files are
-moved into place whole in any case.
+gets it. Object stores have no lock, and pyarrow none of the conditional writes that S3 offers: there the last writer
+wins, and reads the claim again after `settle` seconds. Only if more than that passes between another's look and its
+write, in a network that stands still just then, do two believe that they hold it. The next heartbeat tells one of them,
+which stops (`ClaimLost`) and commits nothing; until then both write whole files of the same content.
+
+The driver holds the claim, not its replicas: one that outlives its driver for a moment may still write a part, which is
+whole, and which a checksum names beside that of the heir (`actors.checked`).
 """
 
 from __future__ import annotations

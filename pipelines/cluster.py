@@ -54,6 +54,7 @@ class Cluster:
         cluster = self._config.cluster
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of ranks whose gang has been torn down
         os.environ.setdefault("RAY_task_oom_retries", str(TASK_ATTEMPTS - 1))  # Ray's own default never gives up
         if cluster.address == "local":
             needed = cluster.max_replicas * cluster.world_size * cluster.cpus_per_rank

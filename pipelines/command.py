@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for the command of a job
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks what a job brings along
 
 
@@ -68,10 +69,17 @@ def trace_job(cfg: DictConfig) -> None:
 
     from pipelines.tracing import run_trace
 
-    if JOB_FOLDER in runtime.output_dir:
-        LOG.warning("the run's folder goes away with this job: set hydra.run.dir to a folder that stays")
+    _warn_in_a_job(config.cluster.address, runtime.output_dir)
     result = run_trace(config, runtime.output_dir)
     sys.stdout.write(f"{result.table()}\n")
+
+
+def _warn_in_a_job(address: str, folder: str) -> None:
+    """What is easily forgotten where `ray job submit` runs the command."""
+    if JOB_FOLDER in folder:
+        LOG.warning("the run's folder goes away with this job: set hydra.run.dir to a folder that stays")
+    if JOB_VARIABLE in os.environ and address == "local":
+        LOG.warning("cluster.address=local starts a Ray of its own inside this job: auto is the cluster that runs it")
 
 
 @logged

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KEY_WIDTH = 26
 DEFAULT_WIDTH = 16
 FLAGS = (
-    ("--multirun, -m", "run every combination of the values that are given as key=a,b"),
+    ("--multirun, -m", "run every combination of the values that are given as key=a,b; a table compares the runs"),
     ("--cfg job", "print the composed configuration and run nothing; --resolve fills in references"),
     ("--config-dir FOLDER", "a folder of your own options, such as experiment/mine.yaml"),
     ("--help, --version", "this text; the version"),
@@ -46,6 +46,7 @@ EXAMPLES = (
         "whence trace ... --multirun queries.rank=16,32 factors.damping_factor=0.01,0.1",
     ),
     ("a sweep on Ray", "whence trace ... --multirun hydra/launcher=whence_ray queries.rank=16,32,full"),
+    ("on the cluster that this process can join", "whence trace ... cluster=autoscaled store=s3://bucket/whence"),
 )
 
 
@@ -78,7 +79,8 @@ def manual(verbs: Iterable[Verb], verb: Verb | None = None) -> str:
     parts.append(
         "A run's folder is runs/NAME/TIME, the jobs of a sweep are in multirun/NAME/TIME/NUMBER (hydra.run.dir,\n"
         "hydra.sweep.dir). Relative paths start from the current folder. Exit status: 0, or 1 for a run that stopped\n"
-        "at an error, 2 for a setting that is not allowed (nothing was started then)."
+        "at an error, 2 for a setting that is not allowed (nothing was started then), 130 and 143 if it was stopped\n"
+        "from outside (Ctrl-C, SIGTERM): what was committed stays, and the same command goes on from there."
     )
     return "\n\n".join(parts) + "\n"
 

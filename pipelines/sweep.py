@@ -30,7 +30,17 @@ log = logging.getLogger(__name__)
 
 RECORD = "job.json"
 COLUMNS = ("state", "seconds", "computed", "cached", "rank", "fidelity", "top10", "top100", "spearman")
-_FOLDERS: list[Path] = []  # of the sweeps that this process has started, the latest last
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A sweep of this process."""
+
+    folder: Path
+    own_ray: bool
+
+
+_RUNNING: list[_Running] = []  # the latest last
 
 
 @dataclass(frozen=True)
@@ -72,29 +82,33 @@ class SweepFolder(Callback):
         folder = Path(config.hydra.sweep.dir).absolute()
         for old in folder.rglob(RECORD):
             old.unlink()
-        _FOLDERS.append(folder)
-        if "ray" in config.hydra.launcher:
-            _start_ray(OmegaConf.to_container(config.hydra.launcher.ray.init, resolve=True))
+        on_ray = "ray" in config.hydra.launcher
+        own = on_ray and _start_ray(OmegaConf.to_container(config.hydra.launcher.ray.init, resolve=True))
+        _RUNNING.append(_Running(folder, own))
 
 
-def _start_ray(settings: Any) -> None:
-    """Start or join Ray before the launcher does, which would not explain what is wrong with an address."""
+def _start_ray(settings: Any) -> bool:
+    """Start or join Ray before the launcher does, which would not explain what is wrong with an address.
+
+    Returns:
+        Whether it was not there yet.
+    """
     import ray
 
     from pipelines.cluster import join
 
     if ray.is_initialized():
-        return
-    if settings.get("address") == "local":
-        ray.init(**settings, logging_level=logging.WARNING)
-        rearm()
-        return
+        return False
     try:
-        join(settings.get("address") or "auto")
+        if settings.get("address") == "local":
+            ray.init(**settings, logging_level=logging.WARNING)
+        else:
+            join(settings.get("address") or "auto")
     except WhenceError as error:
         log.error("%s", error)
         raise JobStopped(error) from error  # Hydra keeps back what else a callback raises
     rearm()
+    return True
 
 
 @contextmanager
@@ -235,14 +249,22 @@ def swept_values(jobs: Sequence[Iterable[str]]) -> list[dict[str, str]]:
 
 def finish_sweep() -> str:
     """Write the table of the sweep that this process started last; returns it for the terminal, with its place."""
-    if not _FOLDERS:
+    if not _RUNNING:
         return ""
-    folder = _FOLDERS.pop()
-    if not any(folder.rglob(RECORD)):
+    sweep = _RUNNING.pop()
+    if sweep.own_ray:
+        _stop_ray()  # whose jobs' last lines should not come after the table
+    if not any(sweep.folder.rglob(RECORD)):
         return ""
-    table = table_of(folder)
-    table.write(folder)
-    return f"{table.markdown()}\n\n{folder / 'sweep.md'}"
+    table = table_of(sweep.folder)
+    table.write(sweep.folder)
+    return f"{table.markdown()}\n\n{sweep.folder / 'sweep.md'}"
+
+
+def _stop_ray() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 def _shown(value: Any) -> str:

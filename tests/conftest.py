@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ CONTEXT = 32
 ModelFactory = Callable[..., PreTrainedModel]
 
 torch.set_num_threads(1)
+os.environ.setdefault("WHENCE_CACHE", tempfile.mkdtemp(prefix="whence-cache-"))
 
 
 @pytest.fixture(scope="session")

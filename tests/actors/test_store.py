@@ -358,3 +358,67 @@ def test_each_file_is_hashed_once_per_process(artifact, monkeypatch):
 def test_an_empty_table_keeps_its_schema(artifact):
     artifact.write_table("a.parquet", TABLE.slice(0, 0))
     assert artifact.read_table("a.parquet").schema == TABLE.schema
+
+
+def test_a_committed_artifact_lists_what_it_was_committed_with(artifact):
+    artifact.write_bytes("a", b"1")
+    artifact.write_bytes("b", b"2")
+    commit(artifact)
+    local(artifact, "a").unlink()
+    local(artifact, "c").write_bytes(b"3")
+    assert artifact.list() == ["a", "b"], "a file that was lost must be missed by whoever reads all of them"
+
+
+@pytest.mark.parametrize("name", ["part", "layers/part"])
+def test_commit_misses_a_file_that_was_lost(artifact, name):
+    artifact.write_bytes(name, b"12345")
+    artifact.write_bytes("other", b"12345")
+    local(artifact, name).unlink()
+    with pytest.raises(ChecksumError, match=rf"{name}: the file is missing. Remedy: delete the folder"):
+        commit(artifact)
+    assert not artifact.committed
+
+
+def test_a_write_that_another_outlived_stays_readable(artifact, monkeypatch):
+    """Two writers of one file, the first of which was given up for dead: whichever version is in place, it is right."""
+    monkeypatch.setattr(checked.CheckedFolder, "filesystem", _KilledBeforeMovingData())
+    with pytest.raises(KeyboardInterrupt):
+        artifact.write_bytes("sums", b"the first's")
+    with pytest.raises(KeyboardInterrupt):
+        artifact.write_bytes("sums", b"the second's")
+    monkeypatch.undo()
+    local(artifact, "sums").write_bytes(b"the first's")  # its move came late
+    assert artifact.read_bytes("sums") == b"the first's"
+
+
+def test_forgetting_damage_of_unfinished_work(artifact):
+    artifact.write_bytes("parts/g/sums", b"12345")
+    artifact.write_json("parts/g/done.json", {})
+    artifact.write_bytes("parts/h", b"12345")
+    assert artifact.forget("/elsewhere/sums") == []
+    assert artifact.forget(f"{artifact.uri}/parts/g/sums") == ["parts/g/done.json", "parts/g/sums"]
+    assert artifact.list() == ["parts/h"]
+    local(artifact, "checksums/parts/h.json").write_bytes(b"")
+    with pytest.raises(ChecksumError) as raised:
+        artifact.read_bytes("parts/h")
+    assert artifact.forget(raised.value.file) == ["parts/h"]
+    assert not list(Path(artifact.uri).rglob("*.json"))
+    artifact.write_bytes("part", b"12345")
+    commit(artifact)
+    assert artifact.forget(f"{artifact.uri}/part") == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_files_that_go_on_as_they_are_can_be_verified(artifact, monkeypatch, damage):
+    artifact.write_table("a.parquet", TABLE)
+    artifact.write_table("b.parquet", TABLE)
+    commit(artifact)
+    artifact.verify(["a.parquet", "b.parquet"])
+    path = local(artifact, "b.parquet")
+    if damage == "delete":
+        path.unlink()
+    else:
+        flip_bit(path) if damage == "flip" else path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ChecksumError, match=r"b\.parquet: .*Remedy: delete the folder"):
+        artifact.verify(["a.parquet", "b.parquet"])
+    artifact.verify(["a.parquet"])

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.queries import read_queries
+from actors.sequences import read_candidates
 from pipelines import tracing
 from pipelines.tracing import TraceResult, run_trace
 from tests.integration.brute import Brute, tokens_of
@@ -18,12 +19,10 @@ from tests.integration.world import QUERIES, World, cached, ids, matrix, relativ
 
 FLOAT64 = {"model__dtype": "float64", "scan__product_dtype": "float64", "scan__sum_dtype": "float64"}
 SMALL = {"corpus__limit": 40, "prefilter__top": 10, "unfiltered__sequences": 20}
-STEPS = {"layers", "sequences", "covariance", "eigenbasis", "correction", "gradients", "ihvp", "queries"} | {
-    "candidates",
-    "scores",
-    "top",
-}
 FACTORS = {"layers", "sequences", "covariance", "eigenbasis", "correction"}
+MEASURED = {"fidelity", "agreement"}  # nothing depends on these
+SCORED = {"scores", "top"} | MEASURED
+STEPS = FACTORS | {"gradients", "ihvp", "queries", "candidates"} | SCORED
 
 
 def test_the_run_folder_holds_what_was_promised(traced: TraceResult):
@@ -133,7 +132,7 @@ def test_top_is_the_head_of_the_sorted_scores(traced: TraceResult):
 
 def test_feeds_are_those_of_the_candidates(traced: TraceResult):
     proposed: dict[str | None, dict[int, float]] = {}
-    for row in traced.artifact("candidates").read_table("candidates.parquet").to_pylist():
+    for row in read_candidates(traced.artifact("candidates")).to_pylist():
         proposed.setdefault(row["query_id"], {})[row["sequence_id"]] = row["bm25_score"]
     plain = proposed.pop(None)
     for row in traced.scores_table().to_pylist():
@@ -170,49 +169,75 @@ class NoCluster:
 
 
 def test_a_second_identical_run_computes_nothing(
-    world: World, traced: TraceResult, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, traced: TraceResult, own_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tracing, "Cluster", NoCluster)
-    again = run_trace(world.config(store, cluster__max_replicas=2, scan__batch_size=3), tmp_path / "again")
+    again = run_trace(world.config(own_store, cluster__max_replicas=2, scan__batch_size=3), tmp_path / "again")
     assert cached(again) == dict.fromkeys(STEPS, True)
     assert again.scores_table().equals(traced.scores_table())
     assert again.top.equals(traced.top)
     assert again.report_path.exists()
 
 
+RANK = {"queries__rank": 4}
+LOW = {"scan__product_dtype": "bfloat16"}
+
+
 @pytest.mark.parametrize(
-    ("changes", "computed"),
+    ("before", "changes", "computed"),
     [
-        ({"factors__damping_factor": 0.03}, {"ihvp", "queries", "scores", "top"}),
-        ({"queries__rank": 4}, {"ihvp", "queries", "scores", "top"}),
-        ({"queries__rank": 5}, {"queries", "scores", "top"}),
-        ({"queries__fidelity": 0.95}, {"ihvp", "queries", "scores", "top"}),
-        ({"unfiltered__seed": 1}, {"candidates", "scores", "top"}),
-        ({"prefilter__top": 7}, {"candidates", "scores", "top"}),
-        ({"scan__top": 3}, {"top"}),
-        ({"queries__measurement": "contrast"}, {"gradients", "ihvp", "queries", "scores", "top"}),
-        ({"scan__product_dtype": "bfloat16"}, STEPS - {"layers", "sequences", "gradients", "candidates"}),
-        ({"factors__seed": 1}, STEPS - {"layers", "sequences", "gradients", "candidates"}),
+        ({}, {"factors__damping_factor": 0.03}, {"ihvp", "queries"} | SCORED),
+        ({}, RANK, {"ihvp", "queries"} | SCORED),
+        (RANK, {"queries__rank": 5}, {"queries"} | SCORED),
+        (RANK, RANK | {"queries__fidelity_sample": 10}, {"fidelity"}),
+        (RANK, RANK | {"queries__fidelity_sample": 0}, {"fidelity"}),
+        ({}, {"queries__fidelity_sample": 10}, set()),
+        ({}, {"queries__fidelity": 0.95}, {"ihvp", "queries"} | SCORED),
+        ({}, {"unfiltered__seed": 1}, {"candidates", "scores", "top"}),
+        ({}, {"prefilter__top": 7}, {"candidates", "scores", "top"}),
+        ({}, {"scan__top": 3}, {"top"}),
+        ({}, {"queries__measurement": "contrast"}, {"gradients", "ihvp", "queries"} | SCORED),
+        ({}, LOW, STEPS - {"layers", "sequences", "gradients", "candidates"}),
+        (LOW, LOW | {"scan__agreement_sample": 5}, {"agreement"}),
+        ({}, {"scan__agreement_sample": 5}, set()),
+        ({}, {"factors__seed": 1}, STEPS - {"layers", "sequences", "gradients", "candidates"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_a_change_computes_only_what_depends_on_it(
-    world: World, traced: TraceResult, store: Path, tmp_path: Path, changes: dict, computed: set
+    world: World, own_store: Path, tmp_path: Path, before: dict, changes: dict, computed: set
 ):
-    result = run_locally(world.config(store, **changes), tmp_path)
+    if before:
+        run_locally(world.config(own_store, **before), tmp_path / "before")
+    result = run_locally(world.config(own_store, **changes), tmp_path / "run")
     assert {name for name, was in cached(result).items() if not was} == computed
 
 
-def test_other_queries_refit_no_factor(world: World, traced: TraceResult, store: Path, tmp_path: Path):
+def test_the_seed_of_the_samples_moves_no_score(world: World, own_store: Path, tmp_path: Path):
+    """With a solver that draws no labels, the run's seed is that of the samples alone."""
+    changes = {
+        "factors__solver": "identity",
+        **RANK,
+        **LOW,
+        "queries__fidelity_sample": 20,
+        "scan__agreement_sample": 20,
+    }
+    first = run_locally(world.config(own_store, **changes), tmp_path / "first")
+    second = run_locally(world.config(own_store, **changes, seed=3), tmp_path / "second")
+    assert {name for name, was in cached(second).items() if not was} == MEASURED
+    for name in MEASURED:
+        assert first.summary[name]["sample"] == second.summary[name]["sample"] == 20
+        assert first.summary[name]["pearson"] != second.summary[name]["pearson"]
+
+
+def test_other_queries_refit_no_factor(world: World, own_store: Path, tmp_path: Path):
     path = write_lines(tmp_path / "other.jsonl", [{"query_id": "clock", "prompt": "A clock", "completion": " hums."}])
-    result = run_locally(world.config(store, queries__path=str(path)), tmp_path / "run")
-    assert {name for name, was in cached(result).items() if was} == FACTORS
+    result = run_locally(world.config(own_store, queries__path=str(path)), tmp_path / "run")
+    assert {name for name, was in cached(result).items() if was} - MEASURED == FACTORS
     assert result.query_ids == ["clock"]
 
 
-def test_an_untouched_corpus_and_model_elsewhere_are_the_same(
-    world: World, traced: TraceResult, store: Path, tmp_path: Path
-):
+def test_an_untouched_corpus_and_model_elsewhere_are_the_same(own_store: Path, tmp_path: Path):
     moved = World.make(tmp_path / "elsewhere")
-    result = run_locally(moved.config(store), tmp_path / "run")
+    result = run_locally(moved.config(own_store), tmp_path / "run")
     assert cached(result) == dict.fromkeys(STEPS, True)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from actors.errors import BadRecord, ConfigError
 from conf.keys import GROUPS, keys
 from conf.schema import cores
 from pipelines.command import VERBS, main
+from pipelines.ending import rearm
 
 ROOT = Path(__file__).parents[2]
 GIVEN = ("model.path=gpt2", "corpus.path=s3://bucket/corpus", "queries.path=s3://bucket/queries.jsonl")
@@ -72,13 +77,33 @@ def test_sweep(traced, tmp_path, capsys):
     folders = [run_dir for _, run_dir in traced]
     assert [folder.name for folder in folders] == ["0", "1", "2", "3"]
     assert {folder.parent.parent for folder in folders} == {tmp_path / "multirun" / "trace"}
-    assert capsys.readouterr().out.count("table of rank") == 4
+    out = capsys.readouterr().out
+    assert out.count("table of rank") == 4
+    assert out.count("| done ") == 4
+    assert f"\n{folders[0].parent / 'sweep.md'}\n" in out
 
 
 def test_a_sweep_goes_on_after_a_job_that_failed(traced, capsys):
     assert main(["trace", *GIVEN, "-m", "seed=13,1"]) == 1
     assert [config.seed for config, _ in traced] == [13, 1]
-    assert "a.jsonl, row 3: it is empty. Remedy: remove it" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "a.jsonl, row 3: it is empty. Remedy: remove it" in err
+    assert "| 0   | 13   | failed: a.jsonl, row 3: it is empty. Remedy: remove it |" in out
+    assert "| 1   | 1    | done " in out
+    assert main(["trace", *GIVEN, "-m", "seed=1,15"]) == 2
+
+
+def test_an_interrupt_of_a_sweep_ends_it_with_a_table(monkeypatch, capsys):
+    def interrupted(config, run_dir):
+        if config.seed == 2:
+            raise KeyboardInterrupt
+        return types.SimpleNamespace(table=lambda: "")
+
+    monkeypatch.setitem(sys.modules, "pipelines.tracing", types.SimpleNamespace(run_trace=interrupted))
+    assert main(["trace", *GIVEN, "-m", "seed=1,2,3"]) == 130
+    out = capsys.readouterr().out
+    assert "| 0   | 1    | done " in out
+    assert "| 1   | 2    | stopped " in out
 
 
 def test_plan_leaves_nothing(monkeypatch, tmp_path, capsys):
@@ -125,6 +150,45 @@ def test_an_interrupt(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pipelines.tracing", types.SimpleNamespace(run_trace=interrupted))
     assert main(["trace", *GIVEN]) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_sigterm_unwinds(monkeypatch, capsys, replaced):
+    released = []
+
+    def terminated(config, run_dir):
+        if replaced:  # as Ray does when it starts
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            rearm()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not cut this short
+            released.append("claim")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(sys.modules, "pipelines.tracing", types.SimpleNamespace(run_trace=terminated))
+    assert main(["trace", *GIVEN]) == 143
+    assert released == ["claim"]
+    assert "whence trace: terminated. What was committed stays; the same command" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_folder_that_goes_away_with_its_job_is_pointed_out(traced, tmp_path, capsys):
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "runs"
+    assert main(["trace", *GIVEN, f"hydra.run.dir={folder}"]) == 0
+    assert "goes away with this job: set hydra.run.dir" in capsys.readouterr().err
+
+
+def test_a_job_that_starts_a_ray_of_its_own_is_told(traced, monkeypatch, capsys):
+    assert main(["trace", *GIVEN]) == 0
+    assert "inside this job" not in capsys.readouterr().err
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
+    assert main(["trace", *GIVEN]) == 0
+    assert "cluster.address=local starts a Ray of its own inside this job" in capsys.readouterr().err
+    assert main(["trace", *GIVEN, "cluster.address=auto", "store=/shared/store"]) == 0
+    assert "inside this job" not in capsys.readouterr().err
 
 
 def test_refusals(traced, tmp_path, capsys):

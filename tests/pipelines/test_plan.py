@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pipelines.graph import build_steps
 from pipelines.plan import make_plan, run_plan, step_names
 from pipelines.rates import ATTENTION, DECOMPOSITIONS, DOUBLES, ELEMENTWISE, TEXT, Rates, measure, rates_for
 from pipelines.runner import Runner
+from pipelines.stages import grouped
 from pipelines.stepcost import StepCost
 from pipelines.timing import dealt, seconds
 from pipelines.tracing import TraceResult
@@ -45,8 +47,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {"queries__rank": "full", "factors__samples": 70},
-    "gpt2": {"queries__rank": 2, "factors__blocks": 2, "queries__fidelity_sample": 4},
+    "gpt2": {
+        "queries__rank": 2,
+        "factors__blocks": 2,
+        "queries__fidelity_sample": 4,
+        "cluster__memory_per_rank": 1800,
+    },
 }
+PASSES = {"llama": (1, 1), "gpt2": (2, 4)}  # of the covariance and of the correction: two layers, or one, in 1800 bytes
 
 
 @pytest.fixture(scope="module", params=list(SETTINGS))
@@ -58,11 +66,22 @@ def run(
     changes = SETTINGS[request.param] | {"model__path": str(world.root / request.param)}
     config = world.config(folder / "store", **changes)
     before = make_plan(config, RATES)
-    return config, run_locally(config, folder / "run"), before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "discard_parts", weighed)
+        return config, run_locally(config, folder / "run"), before
 
 
-def tensor_bytes(artifact: Artifact) -> int:
-    names = [name for name in artifact.list() if name.endswith(".safetensors")]
+PARTS: dict[str, int] = {}  # bytes of partial sums, by the artifact that they were merged into
+
+
+def weighed(output: Artifact, discard: Callable[[Artifact], None] = grouped.discard_parts) -> None:
+    """Note what the partial sums of a stage take, then discard them."""
+    PARTS[output.uri] = tensor_bytes(output, "parts/")
+    discard(output)
+
+
+def tensor_bytes(artifact: Artifact, under: str = "") -> int:
+    names = [name for name in artifact.list(under) if name.endswith(".safetensors")]
     return sum(tensor.nbytes for name in names for tensor in artifact.read_tensors(name).values())
 
 
@@ -76,6 +95,15 @@ def test_bytes_are_those_of_the_tensors_that_a_run_leaves(run: tuple[RunConfig, 
     for name in ("covariance", "eigenbasis", "correction", "ihvp", "queries"):
         assert tensor_bytes(result.outcomes[name].artifact) == expected[name], name
     assert 0.5 * expected["gradients"] < tensor_bytes(result.outcomes["gradients"].artifact) <= expected["gradients"]
+
+
+def test_partial_sums_take_what_is_said(run: tuple[RunConfig, TraceResult, plan.Plan]):
+    config, result, before = run
+    passes = PASSES[Path(config.model.path).name]
+    for name, expected in zip(("covariance", "correction"), passes, strict=True):
+        planned = costs_of(before)[name]
+        assert len(planned.passes) == expected
+        assert PARTS[result.outcomes[name].artifact.uri] == planned.temporary > 0
 
 
 def test_sizes_are_those_of_the_run(run: tuple[RunConfig, TraceResult, plan.Plan]):

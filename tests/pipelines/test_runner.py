@@ -16,7 +16,7 @@ from actors.errors import BadRecord, ChecksumError, ClaimLost, StaleArtifact
 from actors.store import Store
 from conf.schema import RunConfig
 from pipelines.claims import Claims
-from pipelines.runner import Runner, StageOutcome
+from pipelines.runner import REPAIRS, Runner, StageOutcome
 from pipelines.steps import StageContext, StageResult, Step
 
 
@@ -209,6 +209,54 @@ def test_damage_in_an_input_stops_the_stage_that_reads_it(store):
         runner(store, graph.steps()).run()
 
 
+def stopping_after(parts: int, computed: list[str]):
+    """A stage of four groups, each with a file and what vouches for it; stops after some of them."""
+
+    def stage(context: StageContext) -> StageResult:
+        for group in range(4):
+            if context.artifact.exists(f"parts/{group}/done.json"):
+                continue
+            if len(computed) == parts:
+                raise KeyboardInterrupt
+            context.artifact.write_bytes(f"parts/{group}/sums", bytes([group]))
+            context.artifact.write_json(f"parts/{group}/done.json", {})
+            computed.append(str(group))
+        return StageResult({"sum": sum(context.artifact.read_bytes(f"parts/{group}/sums")[0] for group in range(4))})
+
+    return stage
+
+
+@pytest.mark.parametrize("name", ["sums", "done.json"])
+@pytest.mark.parametrize("data", [b"?", b"", None])
+def test_damage_in_unfinished_work_is_done_again(store, caplog, name, data):
+    computed: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        runner(store, one(stopping_after(3, computed))).run()
+    victim = next(Path(store.uri).glob(f"onlys/*/parts/1/{name}"))
+    victim.unlink() if data is None else victim.write_bytes(data)
+    outcome = runner(store, one(stopping_after(9, computed))).run()["only"]
+
+    assert outcome.counts == {"sum": 6}
+    if name == "sums":
+        assert computed == ["0", "1", "2", "3", "1"]
+        assert f"only: {victim}: " in caplog.text
+        assert "it is unfinished work, of which 2 files are forgotten and made again" in caplog.text
+
+
+def test_damage_that_comes_back_is_left_to_the_user(store):
+    attempts = []
+
+    def stage(context: StageContext) -> StageResult:
+        attempts.append(1)
+        context.artifact.write_bytes("part", b"12345")
+        Path(context.artifact.uri, "part").write_bytes(b"?")
+        return StageResult({"bytes": len(context.artifact.read_bytes("part"))})
+
+    with pytest.raises(ChecksumError, match=r"^only: .*/part: it has 1 bytes where 5 were written. Remedy: delete"):
+        runner(store, one(stage)).run()
+    assert len(attempts) == REPAIRS + 1
+
+
 def test_a_claim_that_was_lost_commits_nothing(store):
     def stage(context: StageContext) -> StageResult:
         claims = Claims(store)
@@ -254,12 +302,15 @@ import logging, os, sys, time
 from pathlib import Path
 from actors.store import Store
 from conf.schema import RunConfig
+from pipelines import claims
 from pipelines.claims import Claims
 from pipelines.runner import Runner
 from pipelines.steps import StageResult, Step
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 root, mode = Path(sys.argv[1]), sys.argv[2]
+if mode == "die elsewhere":
+    claims.machine = lambda: "another machine"
 
 class Waiting(logging.Handler):
     def emit(self, record):
@@ -267,7 +318,7 @@ class Waiting(logging.Handler):
             (root / "waiting").touch()
 
 logging.getLogger("pipelines.claims").addHandler(Waiting())
-store = Store(str(root / "store"))
+store = Store(sys.argv[3])
 
 def stage(context):
     with (root / "computed.txt").open("a") as file:
@@ -278,7 +329,7 @@ def stage(context):
         if context.artifact.exists(f"{index}.json"):
             continue
         context.artifact.write_json(f"{index}.json", index)
-        if mode == "die" and index == 2:
+        if mode.startswith("die") and index == 2:
             os._exit(9)
     return StageResult()
 
@@ -286,13 +337,14 @@ steps = [Step("a", "a", (), {"version": 1}, stage), Step("b", "b", ("a",), {"ver
 (root / f"ready-{os.getpid()}").touch()
 while mode == "together" and len(list(root.glob("ready-*"))) < 2:
     time.sleep(0.01)
-outcomes = Runner(store, steps, RunConfig(), claims=Claims(store, poll=0.05)).run()
+outcomes = Runner(store, steps, RunConfig(), claims=Claims(store, poll=0.05, dead_after=float(sys.argv[4]))).run()
 print(*[name for name, outcome in outcomes.items() if not outcome.cached])
 """
 
 
-def start(tmp_path: Path, mode: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), mode]
+def start(tmp_path: Path, mode: str, store: str | None = None, dead_after: float = 60.0) -> subprocess.Popen:
+    """A process that runs two steps on a store, the local one if no other is given."""
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), mode, store or str(tmp_path / "store"), str(dead_after)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -307,14 +359,20 @@ def test_two_processes_compute_once(tmp_path):
     assert any("computed by another run" in err for _, err in said)
 
 
-def test_a_dead_process_is_succeeded_by_one_that_resumes(tmp_path):
-    killed = start(tmp_path, "die")
+@pytest.mark.parametrize("mode", ["die", "die elsewhere"])
+def test_a_dead_process_is_succeeded_by_one_that_resumes(tmp_path, mode):
+    """On the same machine its PID is missed, on another its heartbeat stands still."""
+    killed = start(tmp_path, mode)
     killed.communicate(timeout=120)
     assert killed.returncode == 9
     assert list((tmp_path / "store" / "claims").glob("*.json")), "its claim is still there"
 
-    heir = start(tmp_path, "live")
+    began = time.monotonic()
+    heir = start(tmp_path, "live", dead_after=60.0 if mode == "die" else 3.0)
     out, err = heir.communicate(timeout=120)
+    if mode == "die elsewhere":
+        assert time.monotonic() - began >= 3.0
+        assert "waiting for it" in err
 
     assert heir.returncode == 0, err
     assert out.split() == ["a", "b"]
