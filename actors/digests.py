@@ -1,8 +1,8 @@
 """Digests that are remembered from run to run, so that large files are read once and not each time.
 
 What is trusted: a file whose stamp has not changed has not changed. The stamp of a local file is its size, its times of
-modification and of change (which nothing but the kernel sets), inode and device; that of an S3 object is its ETag, which
-a HEAD request tells. A file that changed less than two seconds before it was read is not remembered, since clocks of
+modification and of change (which nothing but the kernel sets), inode and device; that of an S3 object is its ETag, as
+a HEAD request tells it. A file that changed less than two seconds before it was read is not remembered, since clocks of
 file systems are coarse. Files elsewhere have no stamp and are read each time. Damage that leaves the stamp as it is, a
 bit that rots on the disk, is not seen this way: what a stage computes with is verified by reading it (`actors.store`).
 

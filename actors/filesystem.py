@@ -37,9 +37,12 @@ def child(uri: str, name: str) -> str:
 
 def shown(uri: str) -> str:
     """A path or URI for people to read: without credentials and without the options of its file system."""
-    if "://" not in uri:
-        return uri
-    return re.sub(r"^([\w+.-]+://)[^/@]*@", r"\1", uri.partition("?")[0])
+    return without_secret(uri).partition("?")[0] if "://" in uri else uri
+
+
+def without_secret(uri: str) -> str:
+    """A path or URI without credentials: what may be written down and passed on."""
+    return re.sub(r"^([\w+.-]+://)[^/?@]*@", r"\1", uri)
 
 
 @lru_cache(maxsize=256)

@@ -1,10 +1,10 @@
 """S3 over a network that fails now and then: what fails in passing is asked for again, after pauses that grow.
 
-The SDK inside pyarrow repeats a request by itself for about half a second, silently. What lasts longer is repeated
+The SDK inside pyarrow repeats a request by itself for less than a second, silently. What lasts longer is repeated
 here, each time with a line in the log, for as long as `Patience` says; then the user reads which object could not be
 reached and what to do (`Unreachable`). A file is read in ranges, and each range is repeated alone; a file is written
-as a whole, in several parts at once where it is large, and repeated as a whole. Objects appear when they are complete, so
-that nothing is written aside and moved.
+as a whole, in several parts at once where it is large, and repeated as a whole. Objects appear when they are complete,
+so that nothing is written aside and moved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RANGE_BYTES = 32 * 1024 * 1024  # of a file that is read as a whole, in one request
-SDK_ATTEMPTS = 5  # of one request, with pauses of 25, 50, 100 and 200 ms
+SDK_ATTEMPTS = 5  # to repeat one request, with pauses of 25 ms that double
 SILENCE_SECONDS = 30.0  # without a byte, after which a request has failed; a server may copy or join large objects
 
 _PASSING = re.compile(

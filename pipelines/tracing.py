@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.environment import hardware, versions
+from actors.filesystem import without_secret
 from actors.store import Artifact, Store
 from conf.schema import RunConfig, plain
 from pipelines.cluster import Cluster
@@ -119,7 +120,7 @@ def summarise(config: RunConfig, outcomes: Mapping[str, StageOutcome], started: 
     candidates = outcomes["candidates"].artifact.read_json("index.json")
     return {
         "name": config.name,
-        "config": plain(config),
+        "config": _publishable(plain(config)),
         "versions": versions(),
         "hardware": hardware(),
         "seconds": time.time() - started,
@@ -140,6 +141,13 @@ def summarise(config: RunConfig, outcomes: Mapping[str, StageOutcome], started: 
         ),
         "artifacts": {name: outcome.artifact.uri for name, outcome in outcomes.items()},
     }
+
+
+def _publishable(value: Any) -> Any:
+    """Settings without the credentials that a URI may hold: summaries and reports are passed on."""
+    if isinstance(value, dict):
+        return {key: _publishable(item) for key, item in value.items()}
+    return without_secret(value) if isinstance(value, str) else value
 
 
 def _query(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from actors import remote
 from actors.errors import Unreachable
-from actors.filesystem import absolute, child, shown
+from actors.filesystem import absolute, child, shown, without_secret
 from actors.remote import Patience, is_passing, persist
 
 LOST = "AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 52, Server returned nothing"
@@ -103,5 +103,7 @@ def test_uris_keep_their_options_at_the_end_and_show_no_secret():
     assert absolute(uri) == "s3://key:sec%2Fret@bucket/pre?endpoint_override=host:9000&scheme=http"
     assert child(uri, "a/b") == "s3://key:sec%2Fret@bucket/pre/a/b?endpoint_override=host:9000&scheme=http"
     assert shown(child(uri, "a/b")) == "s3://bucket/pre/a/b"
+    assert without_secret(uri) == "s3://bucket/pre/?endpoint_override=host:9000&scheme=http"
+    assert without_secret("s3://bucket/mail@home") == "s3://bucket/mail@home"
     assert child("/tmp/what?/x", "a") == shown("/tmp/what?/x/a") == "/tmp/what?/x/a"
     assert absolute("memory://") == "memory://"
