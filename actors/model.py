@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from pyarrow.fs import LocalFileSystem
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils.hub import cached_file
 
+from actors.digests import remembered_digests
 from actors.errors import ConfigError
 from actors.sharding import check_sharding, created_in_slices, gather_in_passes, is_communication, zero_settings
 from conf.schema import ModelConfig, Offload
@@ -124,19 +126,23 @@ def model_digest(path: str, revision: str | None = None) -> str:
     """What identifies a model's bits: part of the fingerprint of everything computed with it.
 
     Args:
-        path: A local folder: SHA-256 over the names and contents of its weights, config and code. Anything else is a
-            hub name: the commit that it resolves to, or name and revision where that cannot be found out.
+        path: A local folder: SHA-256 over the names and contents of its weights, config and code, each of which is
+            read again only if it seems to have changed (`actors.digests`). Anything else is a hub name: the commit
+            that it resolves to, or name and revision where that cannot be found out.
         revision: Of a hub name.
     """
     folder = Path(_location(path))
     if not folder.is_dir():
         return _commit(path, revision) or f"{path}@{revision or 'main'}"
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _CONTENT)
+    ]
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _CONTENT):
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{file.relative_to(folder).as_posix()}\0{content}\n".encode())
+    contents = remembered_digests(LocalFileSystem(), [str(file) for file in files], str(folder.absolute()))
+    for file, content in zip(files, contents, strict=True):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from influence.cost import block_squares
 from influence.layers import TrackedLayer
+from influence.passes import upper_strips
 from influence.shape import ForwardShape
 
 FLAG_BYTES = 8  # a rank's number of sequences that are not finite, told after each micro-batch of a statistic
@@ -67,13 +68,13 @@ def weights_received(shape: ForwardShape, ranks: int) -> int:
 def products_received(layers: Iterable[TrackedLayer], ranks: int, blocks: int = 1) -> int:
     """Numbers that a rank receives a micro-batch if ranks reduce-scattered their own Σ x xᵀ instead of gathering rows.
 
-    (N − 1) / N of Σ b² numbers a factor, whatever the number of rows; and each rank would hold a whole product.
+    (N − 1) / N of the upper strips of each factor, whatever the number of rows; each rank would hold a whole product.
     """
     total = 0
     for layer in layers:
-        total += block_squares(layer.outputs, blocks)
+        total += upper_strips(layer.outputs, blocks)
         if layer.name == layer.input_group:
-            total += block_squares(layer.columns, blocks)
+            total += upper_strips(layer.columns, blocks)
     return (ranks - 1) * -(-total // ranks)
 
 
