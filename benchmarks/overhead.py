@@ -86,7 +86,8 @@ def scan(overrides: list[str], replicas: int, place: str) -> dict[str, float]:
         loaded = time.perf_counter()
         work(tasks, done)
         ended = time.perf_counter()
-        return {"ray": 0.0, "model": loaded - begun, "seconds": ended - loaded, "inside": sum(inside)}
+        seconds = {"ray": 0.0, "model": loaded - begun, "seconds": ended - loaded}
+        return seconds | {"inside": sum(inside), "driver": 0.0}
     begun = time.perf_counter()
     with Cluster(config) as cluster:
         cluster.start()
@@ -95,10 +96,11 @@ def scan(overrides: list[str], replicas: int, place: str) -> dict[str, float]:
         while sum(gang.is_loaded for gang in pool._gangs) < replicas:
             pool._breathe(replicas)  # which asks for as many as there is work for
             pool._step(None)
-        loaded = time.perf_counter()
+        loaded, busy = time.perf_counter(), time.process_time()
         pool.run("scan", tasks, done, lambda _running: None)
-        ended = time.perf_counter()
-    return {"ray": started - begun, "model": loaded - started, "seconds": ended - loaded, "inside": sum(inside)}
+        ended, busy = time.perf_counter(), time.process_time() - busy
+    seconds = {"ray": started - begun, "model": loaded - started, "seconds": ended - loaded}
+    return seconds | {"inside": sum(inside), "driver": busy}
 
 
 def _loop(config: Any) -> Callable[[list, Callable], None]:
@@ -202,18 +204,18 @@ def measure_scan(given: argparse.Namespace, root: Path) -> dict[str, list[dict[s
 def scan_table(found: dict[str, list[dict[str, float]]]) -> list[str]:
     """Medians with extremes; ratios to the loop of the same turn."""
     lines = [
-        "| way | seconds, median (min–max) | of the loop's time | between tasks | start of Ray | of replicas |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| way | seconds, median (min–max) | of the loop's time | between tasks | driver CPU | Ray starts | loads |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, runs in found.items():
         seconds = [run["seconds"] for run in runs]
         ratios = [run["seconds"] / loop["seconds"] for run, loop in zip(runs, found[LOOP], strict=True)]
         replicas = 1 if name == LOOP else int(name.split()[0])
         idle = [1 - run["inside"] / (replicas * run["seconds"]) for run in runs]
-        starts = [f"{statistics.median(run[part] for run in runs):.1f} s" for part in ("ray", "model")]
+        starts = [f"{statistics.median(run[part] for run in runs):.1f} s" for part in ("driver", "ray", "model")]
         lines.append(
             f"| {name} | {_spread(seconds, '.1f')} | {_spread(ratios, '.3f')} | {_spread(idle, '.2%')} "
-            f"| {starts[0]} | {starts[1]} |"
+            f"| {' | '.join(starts)} |"
         )
     return lines
 
