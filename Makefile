@@ -1,5 +1,6 @@
 # make demo    a virtual environment, the main job on a generated almanac, the path of its report
 # make test    a virtual environment, the tests
+# make heavy   the tests of kills and sweeps on clusters of several nodes, a quarter of an hour
 # make check   lint, then test
 #
 # PYTHON=python3.12 picks the interpreter of a new environment. TORCH_FLAGS reaches the installation of torch alone: an
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 RUN := $(VENV)/.installed
 DEVELOP := $(VENV)/.installed-test
 
-.PHONY: demo test check lint clean
+.PHONY: demo test heavy check lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)
@@ -23,6 +24,9 @@ demo: $(RUN)
 
 test: $(DEVELOP)
 	$(BIN)/python -m pytest
+
+heavy: $(DEVELOP)
+	$(BIN)/python -m pytest -m heavy
 
 check: lint test
 

@@ -122,7 +122,7 @@ def trace(world: World, store: Path, run: Path, **changes: Any) -> Any:
     return command("trace", *world.overrides(store, **changes), run_dir=run)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_scores_survive_the_death_of_ranks_replicas_nodes_and_drivers(
     world: World, ray_session: None, nodes: Nodes, tmp_path: Path
 ):

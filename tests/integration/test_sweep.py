@@ -79,7 +79,7 @@ def test_jobs_one_after_the_other(basic: Path) -> None:
     check_table(basic)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_jobs_side_by_side_on_a_ray_of_their_own(basic: Path, world: World, tmp_path: Path) -> None:
     words = [*world.overrides(tmp_path / "store", **CHANGES, cluster__address="local"), *SWEPT]
     folder, output = tmp_path / "sweep", tmp_path / "run" / "output.txt"
@@ -102,7 +102,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
         yield found
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_jobs_share_the_few_cpus_of_a_cluster_and_one_that_fails_hides_no_other(
     nodes: Nodes, world: World, tmp_path: Path
 ) -> None:
