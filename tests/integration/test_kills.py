@@ -47,8 +47,8 @@ def test_a_run_that_was_killed_twice_goes_on_and_ends_with_the_same_bits(
     undisturbed = run_locally(world.config(tmp_path / "undisturbed", **changes), tmp_path / "0")
     store = fork(tmp_path / "undisturbed", tmp_path / "store", ("layers", "sequences"))
 
-    killed_at(world, store, tmp_path / "1", changes, lambda: len(parts(store, "covariance", "*/done.json")) >= 2)
-    assert 2 <= len(parts(store, "covariance", "*/done.json")) < 14
+    killed_at(world, store, tmp_path / "1", changes, lambda: len(parts(store, "covariance", "*/*/done.json")) >= 2)
+    assert 2 <= len(parts(store, "covariance", "*/*/done.json")) < 14
     assert not list(store.glob("covariance/*/artifact.json"))
 
     said = killed_at(world, store, tmp_path / "2", changes, lambda: len(parts(store, "scores", "shard-*.json")) >= 2)
