@@ -75,6 +75,7 @@ def test_runs_in_order_of_dependency(store):
 def test_second_run_computes_nothing(store, caplog):
     runner(store, Graph().steps()).run()
     caplog.set_level(logging.INFO, logger="pipelines.runner")
+    caplog.clear()
     graph = Graph()
     outcomes = runner(store, graph.steps(), cluster_factory=lambda: pytest.fail("no cluster is needed")).run()
 
