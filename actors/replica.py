@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from actors.factors import (
 )
 from actors.holdings import HeldBases, HeldQueries
 from actors.model import load_model, load_skeleton
+from actors.scores import ShardReport, write_scores
 from actors.sequences import SequenceSource, StoredSequences, candidate_rows
 from actors.sharding import unload
 from actors.store import Artifact
@@ -206,17 +206,10 @@ class Replica:
         excluded = dict.fromkeys(ids[~finite].tolist(), "its loss or gradient is not finite")
         seconds = time.perf_counter() - started
         if self.exchange.rank == 0:
-            table = pa.table(
-                {
-                    "sequence_id": pa.array(ids[finite], pa.int64()),
-                    "feed": pa.array(np.asarray(feeds, object)[finite], pa.string()).dictionary_encode(),
-                    "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores[finite].reshape(-1)), scores.shape[1]),
-                }
-            )
-            task.output.write_table(f"shard-{task.shard:06d}.parquet", table)
             named = {str(key): why for key, why in excluded.items()}
-            done = {"sequences": len(ids), "tokens": tokens, "excluded": named, "seconds": seconds}
-            task.output.write_json(f"parts/shard-{task.shard:06d}.json", done)
+            report = ShardReport(len(ids), tokens, seconds, named)
+            found = np.asarray(feeds, object)[finite].tolist()
+            write_scores(task.output, task.shard, ids[finite], found, scores[finite], report)
         return Done(len(ids), tokens, seconds, excluded)
 
     def agreement(self, task: AgreementTask) -> Done:

@@ -1,9 +1,9 @@
 """What has to be done again where a file of unfinished work is damaged.
 
 Stages keep to one convention, by which an attempt goes on from the last: what vouches for finished work is JSON, and is
-written after what it vouches for. The work of a group is vouched for by a `done.json` above it, a chunk or shard by
+written after what it vouches for. The work of a group is vouched for by a `done.json` above it, a chunk by
 `parts/<its number>.json`, everything together by JSON at the top (`index.json`, `merged.json`). A file for which none
-of these can be named is vouched for by all.
+of these can be named is vouched for by all. A shard of scores is one file, which vouches for itself.
 """
 
 from __future__ import annotations

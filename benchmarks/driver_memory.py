@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from actors.scores import ShardReport, write_scores
 from actors.sequences import candidate_rows
 from actors.store import Store
 from actors.tasks import Done, ScanTask
@@ -74,10 +75,7 @@ def score(task: ScanTask) -> Done:
     """Write what a replica writes."""
     ids, feeds = candidate_rows(task.candidates, task.first, task.stop)
     values = np.random.default_rng(task.shard).standard_normal((len(ids), QUERIES), dtype=np.float32)
-    rows = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), QUERIES)
-    table = pa.table({"sequence_id": ids, "feed": pa.array(feeds).dictionary_encode(), "scores": rows})
-    task.output.write_table(f"shard-{task.shard:06d}.parquet", table)
-    task.output.write_json(f"parts/shard-{task.shard:06d}.json", {"excluded": {}, "tokens": 1, "seconds": 0.0})
+    write_scores(task.output, task.shard, ids, feeds, values, ShardReport(len(ids), 1))
     return Done(len(ids))
 
 

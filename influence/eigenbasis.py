@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from influence.covariance import block_slices
 
 ALIGNMENT = 16  # numbers
+LARGEST_OF_TORCH = 32_766  # coordinates: LAPACK's syevd asks for 1 + 6n + 2n² numbers, which torch counts in 32 bits
 
 
 def aligned_size(size: int) -> int:
@@ -104,6 +106,35 @@ class BasisShare:
         return BasisShare(tuple((part, vectors.to(device=device, dtype=dtype)) for part, vectors in self.pieces))
 
 
+def check_decomposable(name: str, size: int, blocks: int) -> None:
+    """Refuse a factor that nothing here decomposes, before time is spent on it.
+
+    Raises:
+        ValueError: naming the factor and the number of blocks that would do.
+    """
+    largest = block_slices(size, blocks)[0].stop
+    if largest > LARGEST_OF_TORCH and not _numpy_counts_in_64_bits():
+        raise ValueError(
+            f"the factor {name} has blocks of {largest:,} coordinates; LAPACK with 32-bit integers decomposes "
+            f"{LARGEST_OF_TORCH:,} at most. Set factors.blocks={-(-size // LARGEST_OF_TORCH)} or more, or install a "
+            "numpy whose LAPACK has 64-bit integers (its wheels for 64-bit machines do)"
+        )
+
+
+def _numpy_counts_in_64_bits() -> bool:
+    """Whether numpy was built with the 64-bit interface of LAPACK, as its own wheels are."""
+    built = np.show_config(mode="dicts")  # type: ignore[call-overload]
+    return "USE64BITINT" in str(built["Build Dependencies"]["lapack"])
+
+
+def _eigh(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, by divide and conquer: numpy's where torch's workspace does not hold it."""
+    if block.shape[0] <= LARGEST_OF_TORCH or not _numpy_counts_in_64_bits():
+        return torch.linalg.eigh(block)
+    found = np.linalg.eigh(block.cpu().numpy())
+    return torch.from_numpy(found.eigenvalues), torch.from_numpy(found.eigenvectors)
+
+
 def eigenbasis(name: str, blocks: Sequence[Tensor]) -> BlockBasis:
     """Eigendecompose a covariance factor, A = Q_A Λ_A Q_Aᵀ or S = Q_S Λ_S Q_Sᵀ (Equation 18).
 
@@ -122,8 +153,8 @@ def eigenbasis(name: str, blocks: Sequence[Tensor]) -> BlockBasis:
         if not bool(torch.isfinite(block).all()):
             raise ValueError(f"covariance factor {name}, block {index}: holds values that are not finite")
         try:
-            eigenvalues, eigenvectors = torch.linalg.eigh(block.to(torch.float64))
-        except RuntimeError as error:
+            eigenvalues, eigenvectors = _eigh(block.to(torch.float64))
+        except (RuntimeError, np.linalg.LinAlgError) as error:
             raise ValueError(f"covariance factor {name}, block {index}: no eigendecomposition ({error})") from error
         vectors.append(eigenvectors)
         values.append(eigenvalues.clamp_min(0))

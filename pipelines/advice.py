@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from influence.cost import factor_sizes
-from influence.covariance import block_slices
+from influence.eigenbasis import check_decomposable
 from influence.passes import correction_bytes, covariance_bytes
 from pipelines.rates import Rates
 from pipelines.stepcost import StepCost
 from pipelines.workload import Workload, bytes_of, correction_passes, covariance_passes
 
-LARGEST_BLOCK = 32_766  # coordinates: LAPACK's syevd asks for 1 + 6n + 2n² numbers, counted in 32 bits
 MOST_RANKS = 4096
 
 
@@ -47,14 +46,12 @@ def _fits(load: Workload) -> bool:
 
 
 def _large_factors(load: Workload) -> Iterator[str]:
-    blocks = load.config.factors.blocks
-    name, size = max(factor_sizes(load.layers).items(), key=lambda item: item[1])
-    if block_slices(size, blocks)[0].stop > LARGEST_BLOCK:
-        needed = -(-size // LARGEST_BLOCK)
-        yield (
-            f"the factor {name} has blocks of {block_slices(size, blocks)[0].stop:,} coordinates; LAPACK with 32-bit "
-            f"integers decomposes {LARGEST_BLOCK:,} at most. Set factors.blocks={needed} or more"
-        )
+    for name, size in factor_sizes(load.layers).items():
+        try:
+            check_decomposable(name, size, load.config.factors.blocks)
+        except ValueError as error:
+            yield str(error)
+            return
 
 
 def _device_memory(load: Workload, costs: Mapping[str, StepCost], rates: Rates) -> Iterator[str]:

@@ -43,7 +43,7 @@ VERSIONS = {
     "queries": 2,
     "fidelity": 1,
     "candidates": 2,
-    "scores": 2,
+    "scores": 3,
     "agreement": 1,
     "top": 1,
 }

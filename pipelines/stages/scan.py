@@ -1,7 +1,7 @@
 """Stage `scores`: the gradient scan over the candidates of both feeds, one Parquet file a shard.
 
 A shard is a run of consecutive candidates. How many is decided by how many candidates there are and by
-`scan.shard_sequences` alone, never by who works: `shard_size`. The driver holds two numbers a shard.
+`scan.shard_sequences` alone, never by who works: `shard_size`. The driver holds two numbers a shard, and its record.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from actors.scores import finished_shards, read_report, score_file
 from actors.sequences import candidate_files, candidate_ids
 from actors.store import Artifact
 from actors.tasks import Done, ScanTask
@@ -18,12 +19,17 @@ from pipelines.steps import StageContext, StageResult
 
 SHARDS = 64  # that few candidates are cut into, so that there is work for many replicas
 LEAST = 32  # candidates a shard, below which reading and committing outweigh the scan
+MOST_SHARDS = 8192  # so that what the driver holds, and a folder of the store, stay bounded
 REPORTS_A_TASK = 256
 
 
 def shard_size(candidates: int, most: int) -> int:
-    """Candidates in a shard: so many that there are `SHARDS` of them, but at least `LEAST` and at most `most`."""
-    return min(most, max(LEAST, -(-candidates // SHARDS)))
+    """Candidates in a shard: so many that there are `SHARDS` of them, but at least `LEAST` and at most `most`.
+
+    More than `most` where there would be more than `MOST_SHARDS` shards.
+    """
+    wanted = min(most, max(LEAST, -(-candidates // SHARDS)))
+    return max(wanted, -(-candidates // MOST_SHARDS))
 
 
 def scan_ranges(
@@ -60,11 +66,11 @@ def run(context: StageContext) -> StageResult:
     total = sum(file["sequences"] for file in candidate_files(candidates))
     size = shard_size(total, config.scan.shard_sequences)
     ranges = scan_ranges(context.cluster.map, candidates, size)
-    finished = set(output.list("parts/shard-"))  # one look at the folder, not one a shard
+    finished = finished_shards(output)
     tasks = [
         ScanTask(output, shard, first, stop, min(size, total - shard * size), sequences, candidates, queries)
         for shard, (first, stop) in enumerate(ranges)
-        if _report(shard) not in finished
+        if score_file(shard) not in finished
     ]
     behind = total - sum(task.count for task in tasks)
     progress = context.progress("gradient scan", total, "sequences")
@@ -100,15 +106,14 @@ def _finish(context: StageContext, shards: int, total: int) -> StageResult:
 
 
 def tally(output: Artifact, first: int, stop: int) -> tuple[dict[str, str], int, float]:
-    """What shards [first, stop) report in all: sequences set aside, tokens, seconds; runs as a Ray task."""
+    """What shards [first, stop) report in all: sequences set aside, tokens, seconds; runs as a Ray task.
+
+    The files are read to be verified, so that one which was damaged before a resumed scan ended is scored again.
+    """
     excluded, tokens, seconds = {}, 0, 0.0
     for shard in range(first, stop):
-        report = output.read_json(_report(shard))
-        excluded |= report["excluded"]
-        tokens += report["tokens"]
-        seconds += report["seconds"]
+        report = read_report(output, score_file(shard))
+        excluded |= report.excluded
+        tokens += report.tokens
+        seconds += report.seconds
     return excluded, tokens, seconds
-
-
-def _report(shard: int) -> str:
-    return f"parts/shard-{shard:06d}.json"

@@ -15,6 +15,7 @@ import torch
 from actors.errors import BadRecord, Cancelled, MemoryRanOut, WhenceError
 from actors.factors import covariance_tensors, layer_file, part_file
 from actors.replica import COVARIANCE_PASS, Replica, out_of_memory
+from actors.scores import ShardReport, read_report
 from actors.store import Artifact, Store
 from actors.tasks import GroupTask, QueryTask, ReplicaSpec, ScanTask
 from conf.schema import ClusterConfig, Dtype, Labels, Measurement, ModelConfig, ScanConfig
@@ -226,8 +227,7 @@ def test_a_scan_writes_the_scores_of_its_range_in_the_order_of_sequences(replica
         torch.testing.assert_close(torch.tensor(scores, dtype=torch.float64), alone, rtol=1e-9, atol=1e-12)
     tokens = sum(len(ROWS[number]) for number in (3, 4, 8, 9))
     assert (report.sequences, report.tokens, report.excluded) == (4, tokens, {})
-    stored = scan.output.read_json("parts/shard-000006.json")
-    assert (stored["sequences"], stored["tokens"], stored["excluded"]) == (4, tokens, {})
+    assert read_report(scan.output, "shard-000006.parquet") == ShardReport(4, tokens, report.seconds, {})
 
 
 def test_scores_have_the_type_of_the_sums(spec: ReplicaSpec, scan: ScanTask):

@@ -12,7 +12,7 @@ GROUPS = {
     for name in ("done.json", "rank-000/bundle-00.safetensors", "rank-001/bundle-00.safetensors")
 }
 CHUNKS = {"parts/000000.json", "parts/000000-00000.parquet", "parts/000001.json", "parts/000001-00000.parquet"}
-SHARDS = {"parts/shard-000000.json", "parts/shard-000001.json", "shard-000000.parquet", "shard-000001.parquet"}
+SHARDS = {"shard-000000.parquet", "shard-000001.parquet"}
 MERGED = {"layers/a.safetensors", "layers/b.safetensors", "merged.json"}
 QUERIES = {"layers/a/queries-0000.safetensors", "parts/batch-0000.json"}
 
@@ -24,7 +24,7 @@ QUERIES = {"layers/a/queries-0000.safetensors", "parts/batch-0000.json"}
         ("parts/abc/group-0001/done.json", GROUPS, set()),
         ("parts/000001-00000.parquet", CHUNKS, {"parts/000001.json"}),
         ("parts/000001.json", CHUNKS, set()),
-        ("shard-000001.parquet", SHARDS, {"parts/shard-000001.json"}),
+        ("shard-000001.parquet", SHARDS, set()),
         ("layers/b.safetensors", MERGED, {"merged.json"}),
         ("layers/b.safetensors", MERGED | GROUPS, {"merged.json"} | {n for n in GROUPS if n.endswith(".json")}),
         ("merged.json", MERGED | GROUPS, {n for n in GROUPS if n.endswith(".json")}),

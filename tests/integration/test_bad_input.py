@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.errors import BadRecord, ChecksumError, ConfigError, NonFiniteShare, WhenceError
+from influence import eigenbasis
 from influence.worker import Worker
 from pipelines import tracing
 from pipelines.tracing import TraceResult, run_trace
@@ -302,3 +303,13 @@ def test_an_error_starts_no_cluster_before_the_input_is_read(
     monkeypatch.setattr(tracing, "Cluster", lambda _: pytest.fail("a cluster was asked for"))
     with pytest.raises(BadRecord, match="row 1: malformed JSON"):
         run_trace(world.config(tmp_path / "store", queries__path=str(path)), tmp_path / "run")
+
+
+def test_a_factor_that_no_lapack_here_decomposes_is_refused_before_the_sample_is_read(
+    world: World, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(eigenbasis, "LARGEST_OF_TORCH", 20)
+    monkeypatch.setattr(eigenbasis, "_numpy_counts_in_64_bits", lambda: False)
+    with pytest.raises(ConfigError, match=r"^covariance: the factor activation/\S+ has blocks of 24 .*blocks=2"):
+        run_locally(world.config(tmp_path / "store"), tmp_path / "run")
+    assert not list((tmp_path / "store").glob("covariance/*/parts"))

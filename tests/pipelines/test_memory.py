@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from actors.scores import ShardReport, write_scores
 from actors.sequences import candidate_rows
 from actors.store import Store
 from actors.tasks import Done, ScanTask
@@ -90,10 +91,8 @@ def score(task: ScanTask) -> Done:
     """What a replica writes, with scores that say the sequence's number."""
     ids, feeds = candidate_rows(task.candidates, task.first, task.stop)
     assert len(ids) == task.count
-    rows = pa.FixedSizeListArray.from_arrays(pa.array(np.repeat(ids, QUERIES).astype(np.float32)), QUERIES)
-    table = pa.table({"sequence_id": ids, "feed": pa.array(feeds).dictionary_encode(), "scores": rows})
-    task.output.write_table(f"shard-{task.shard:06d}.parquet", table)
-    task.output.write_json(f"parts/shard-{task.shard:06d}.json", {"excluded": {}, "tokens": 1, "seconds": 0.0})
+    values = np.repeat(ids, QUERIES).astype(np.float32).reshape(-1, QUERIES)
+    write_scores(task.output, task.shard, ids, feeds, values, ShardReport(len(ids), 1))
     return Done(len(ids))
 
 
@@ -147,3 +146,14 @@ def test_the_driver_holds_less_than_an_id_a_sequence_and_a_task_no_more_than_bef
     large = traced(10 * SEQUENCES, tmp_path / "large", kind)
     assert large.driver - small.driver < ID_BYTES * 9 * SEQUENCES
     assert large.task < 1.25 * small.task
+
+
+def test_once_the_shards_are_as_many_as_they_get_the_driver_holds_no_more_for_ten_times_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scan, "MOST_SHARDS", 16)
+    monkeypatch.setattr(top, "SHARDS_A_TASK", 4)
+    monkeypatch.setattr(scan, "REPORTS_A_TASK", 4)
+    small = traced(SEQUENCES, tmp_path / "small", UnfilteredKind.all)
+    large = traced(10 * SEQUENCES, tmp_path / "large", UnfilteredKind.all)
+    assert large.driver < 1.25 * small.driver

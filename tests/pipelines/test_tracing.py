@@ -69,7 +69,6 @@ class Finished:
             scores = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0], pa.float32()), 1)
             table = {"sequence_id": [2 * shard, 2 * shard + 1], "feed": ["bm25"] * 2, "scores": scores}
             artifact.write_table(f"shard-{shard:06d}.parquet", pa.table(table))
-            artifact.write_json(f"parts/shard-{shard:06d}.json", {})
         artifact.write_json("queries.json", [QUERY | {"ranks": {"a": 3, "b": 4}, "predicted_fidelity": 0.9}])
 
     def top(self, artifact: Artifact) -> None:
