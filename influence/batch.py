@@ -83,8 +83,12 @@ class Batch:
     def part(self, rank: int, ranks: int) -> Batch:
         """A rank's sequences of a batch whose length is a multiple of `ranks`, padded as the whole is."""
         size = len(self) // ranks
-        rows = slice(rank * size, (rank + 1) * size)
-        return Batch(self.sequence_ids[rows], self.input_ids[rows], self.lengths[rows])
+        return self.rows(rank * size, (rank + 1) * size)
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Some of the sequences, padded as the whole is."""
+        part = slice(start, stop)
+        return Batch(self.sequence_ids[part], self.input_ids[part], self.lengths[part])
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""

@@ -59,7 +59,7 @@ class Capture:
 
         def arrived(layer: TrackedLayer, index: int, grad_BTO: Tensor) -> None:
             state = pending[layer.name]
-            state.gradients[index] = _by_sequence(grad_BTO, positions)
+            state.gradients[index] = by_sequence(grad_BTO, positions)
             if len(state.gradients) == len(state.inputs):
                 consume(layer, pending.pop(layer.name).uses())
 
@@ -88,7 +88,7 @@ def _forward_hook(
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         state = pending.setdefault(layer.name, _Pending())
         index = len(state.inputs)
-        state.inputs.append(_by_sequence(inputs[0].detach(), positions))
+        state.inputs.append(by_sequence(inputs[0].detach(), positions))
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         output.register_hook(lambda grad_BTO: arrived(layer, index, grad_BTO.detach()))
@@ -97,7 +97,7 @@ def _forward_hook(
     return hook
 
 
-def _by_sequence(rows: Tensor, positions: int) -> Tensor:
+def by_sequence(rows: Tensor, positions: int) -> Tensor:
     """[B, T, ...] of a tensor that a model may hand to its layers as [B * T, ...] (OPT's MLP, shared experts)."""
     return rows.unflatten(0, (-1, positions)) if rows.dim() == 2 else rows
 

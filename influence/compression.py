@@ -92,8 +92,14 @@ def weighted_spectrum(
     Returns:
         The decomposition, in float32.
     """
-    rotated = apply_rotated(state, gradient_OI.double())
-    weighted = weights.output_O[:, None] * rotated * weights.input_I
+    return spectrum(apply_rotated(state, gradient_OI.double()), state, weights, max_rank, residual)
+
+
+def spectrum(
+    rotated_OI: Tensor, state: SolverState, weights: ScoreWeights, max_rank: int | None, residual: float = 0.0
+) -> Spectrum:
+    """The same of a gradient that is preconditioned already and rotated into the eigenbasis, in float64."""
+    weighted = weights.output_O[:, None] * rotated_OI * weights.input_I
     energy = float(weighted.square().sum())
     left, values, right = _svd(weighted, max_rank)
     keep = _rank_for(values, energy, residual)

@@ -227,6 +227,50 @@ def top_comparisons(candidates: int, queries: int) -> int:
     return queries * candidates * max(1, candidates.bit_length())
 
 
+# --- conjugate gradients ---
+
+
+def product_flops(
+    shape: ForwardShape, layers: Sequence[TrackedLayer], tokens: int, vectors: int, pieces: int = 1
+) -> int:
+    """Σ Jᵀ H J V of one sequence: 2 forward passes a piece of the vectors; tangents and a backward pass for each.
+
+    Tangents pass through what the backward pass passes through, by as many products; at each linear layer there torch
+    takes one more in a piece, of the size of a vector's. Each tracked layer adds V ā, T·U·I·O multiply-adds without the
+    bias, and Σ_t Ds_t ā_tᵀ, as many with it.
+
+    Args:
+        shape: of a pass.
+        layers: tracked.
+        tokens: T.
+        vectors: K.
+        pieces: in which they go through the model.
+    """
+    forward = forward_flops(shape, tokens)
+    backward = floor_flops(shape, tokens) - forward
+    tracked = sum(
+        2 * tokens * shape.calls.get(layer.name, 1) * layer.outputs * (layer.inputs + layer.columns) for layer in layers
+    )
+    once = 2 * tokens * sum(call.inputs * call.outputs * call.backward for call in shape.linears)
+    return pieces * (2 * forward + once) + vectors * (2 * backward + tracked)
+
+
+# --- attribution ---
+
+
+def through_flops(shape: ForwardShape, tokens: int) -> int:
+    """A forward pass and a backward pass down to the embeddings, which all layers take part in."""
+    linears = sum(call.inputs * call.outputs * call.forward for call in shape.linears)
+    attentions = sum(8 * tokens**2 * attention.width for attention in shape.attentions)
+    return forward_flops(shape, tokens) + 2 * tokens * linears + attentions
+
+
+def direction_flops(layer: TrackedLayer, tokens: int, rank: int | None, calls: int = 1) -> int:
+    """V ā, Vᵀ Ds or Ds_tᵀ V ā_t of one query and sequence: T·U·R·(I + O) multiply-adds, T·U·I·O at full rank (None)."""
+    each = layer.inputs * layer.outputs if rank is None else rank * (layer.inputs + layer.outputs)
+    return 2 * tokens * calls * each
+
+
 # --- activations ---
 
 

@@ -76,6 +76,18 @@ class LayerQueries:
             dense_QOI[index] = self.left_OR[:, mine] @ self.right_IR[:, mine].T
         return LayerQueries(len(chosen), dense_QOI=dense_QOI)
 
+    def only(self, chosen: Sequence[int]) -> LayerQueries:
+        """Some queries, each as it is at hand: as factors, as a full matrix, or as both."""
+        dense_QOI = None if self.dense_QOI is None else self.dense_QOI[list(chosen)]
+        if self.left_OR is None or self.right_IR is None or self.owner_R is None:
+            return LayerQueries(len(chosen), dense_QOI=dense_QOI, outputs=self.outputs)
+        place_Q = torch.full((self.queries,), -1, device=self.owner_R.device)
+        place_Q[list(chosen)] = torch.arange(len(chosen), device=self.owner_R.device)
+        place_R = place_Q[self.owner_R]
+        mine = place_R >= 0
+        left_Or, right_Ir = self.left_OR[:, mine], self.right_IR[:, mine]
+        return LayerQueries(len(chosen), left_Or, right_Ir, place_R[mine], dense_QOI, self.outputs)
+
     def share(self, rank: int, ranks: int) -> LayerQueries:
         """A rank's share: of the packed columns, or of the rows of full matrices. Scores are the sum over ranks."""
         if self.dense_QOI is not None:

@@ -74,6 +74,11 @@ class Solver(Protocol):
         """Whether Λ is fitted for it."""
         ...
 
+    @property
+    def refined(self) -> bool:
+        """Whether its answers are refined by conjugate gradients on exact Gauss-Newton products."""
+        ...
+
     def fit(self, curvature: LayerCurvature | None, damping_factor: float) -> SolverState:
         """Prepare the inverse of one layer's curvature."""
         ...
@@ -106,6 +111,7 @@ class Ekfac:
     name: str = "ekfac"
     needs_covariance: bool = True
     needs_correction: bool = True
+    refined: bool = False
 
     def fit(self, curvature: LayerCurvature | None, damping_factor: float) -> SolverState:
         """Take Λ as the eigenvalues."""
@@ -125,6 +131,7 @@ class Kfac:
     name: str = "kfac"
     needs_covariance: bool = True
     needs_correction: bool = False
+    refined: bool = False
 
     def fit(self, curvature: LayerCurvature | None, damping_factor: float) -> SolverState:
         """Multiply the factors' eigenvalues."""
@@ -139,6 +146,7 @@ class Identity:
     name: str = "identity"
     needs_covariance: bool = False
     needs_correction: bool = False
+    refined: bool = False
 
     def fit(self, curvature: LayerCurvature | None, damping_factor: float) -> SolverState:
         """Nothing is fitted."""
@@ -146,7 +154,9 @@ class Identity:
         return SolverState(None, None, None, 0.0)
 
 
-SOLVERS: dict[str, Solver] = {"ekfac": Ekfac(), "kfac": Kfac(), "identity": Identity()}
+SOLVERS: dict[str, Solver] = {
+    solver.name: solver for solver in (Ekfac(), Ekfac("ekfac_cg", refined=True), Kfac(), Identity())
+}
 
 
 def kronecker_eigenvalues(curvature: LayerCurvature) -> Tensor:

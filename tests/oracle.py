@@ -122,6 +122,20 @@ class Oracle:
                 totals[layer.name] = totals[layer.name] + half_XP.T @ half_XP / len(sequences)
         return totals
 
+    def whole_gauss_newton(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """The same of all layers in one matrix, vec of each layer after the other, with what is between layers."""
+        total = torch.zeros(())
+        for tokens in sequences:
+            logits_TV = self.logits(tokens)[:-1]
+            p_TV = torch.softmax(logits_TV, dim=-1).detach()
+            parameters = [p for layer in self.layers for p in self._parameters(layer)]
+            basis = torch.eye(logits_TV.numel(), dtype=torch.float64)
+            rows = iter(torch.autograd.grad(logits_TV.flatten(), parameters, basis, is_grads_batched=True))
+            J_XP = torch.cat([vec(self._assemble(layer, rows)) for layer in self.layers], dim=1)
+            half_XP = (_root_of_output_hessian(p_TV) @ J_XP.reshape(*p_TV.shape, -1)).flatten(0, 1)
+            total = total + half_XP.T @ half_XP / len(sequences)
+        return total
+
     def move(self, direction: dict[str, Tensor], step: float) -> None:
         """Add `step` times a direction [O, I] of each layer to the weights, in place."""
         for layer in self.layers:

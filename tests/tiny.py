@@ -145,6 +145,9 @@ class CausalModel(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden) for _ in range(blocks))
         self.lm_head = nn.Linear(hidden, VOCABULARY, bias=False)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object) -> SimpleNamespace:
         del attention_mask  # padding is on the right and the model is causal
         x_BTH = self.embedding(input_ids)
