@@ -76,6 +76,19 @@ class HeldQueries:
         """A few of the queries, as full matrices; with several ranks, this one's share of them."""
         return {name: self.placed(held.densified(queries), True) for name, held in self.stored(artifact).items()}
 
+    def chosen(self, artifact: Artifact, queries: Sequence[int]) -> Queries:
+        """A few of the queries, as they lie in the store; with several ranks, shared as all of them are."""
+        stored = self.stored(artifact)
+        return {name: self.placed(held.only(queries), self.shared) for name, held in stored.items()}
+
+    def whole(self, artifact: Artifact) -> Queries:
+        """All queries as they lie in the store, in host memory, where one of a layer is taken from as it is needed.
+
+        What was prepared for the scan goes.
+        """
+        self._planned = None
+        return self.stored(artifact)
+
     def placed(self, held: LayerQueries, shared: bool) -> LayerQueries:
         """Queries of a layer, or a rank's share of them, where and in the type in which they are used."""
         if shared and self._exchange.size > 1:

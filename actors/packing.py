@@ -176,6 +176,16 @@ def encode_text(text: str, config: CorpusConfig) -> str:
     return _NEWLINES.sub("\n", text) if config.collapse_newlines else text
 
 
+def framed(ids: np.ndarray, bos: int | None, eos: int | None) -> np.ndarray:
+    """Put the tokens of a document between BOS and EOS, where there are any and they are not there yet; int32."""
+    pieces = [ids]
+    if bos is not None and ids[0] != bos:
+        pieces.insert(0, np.array([bos]))
+    if eos is not None and ids[-1] != eos:
+        pieces.append(np.array([eos]))
+    return np.concatenate(pieces).astype(np.int32)
+
+
 class _Intake:
     """Checks the tokens of documents, frames them by special tokens and packs them."""
 
@@ -218,14 +228,10 @@ class _Intake:
         return True
 
     def _framed(self, ids: np.ndarray) -> np.ndarray:
-        pieces = [ids]
-        if self._bos is not None and ids[0] != self._bos and not (self._config.pack and self._last == self._bos):
-            pieces.insert(0, np.array([self._bos]))
-        if self._eos is not None and ids[-1] != self._eos:
-            pieces.append(np.array([self._eos]))
-        framed = np.concatenate(pieces).astype(np.int32)
-        self._last = int(framed[-1])
-        return framed
+        bos = None if self._config.pack and self._last == self._bos else self._bos
+        whole = framed(ids, bos, self._eos)
+        self._last = int(whole[-1])
+        return whole
 
 
 def _tokenised(

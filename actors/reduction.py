@@ -21,12 +21,13 @@ from actors.factors import (
     part_file,
     read_token_factors,
 )
+from actors.refinement import read_refined
 from actors.store import Artifact
-from influence.compression import allot_ranks, pack, weighted_spectrum
+from influence.compression import allot_ranks, pack, spectrum
 from influence.covariance import block_slices
 from influence.eigenbasis import eigenbasis
 from influence.layers import TrackedLayer
-from influence.solvers import apply
+from influence.solvers import apply_rotated
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def precondition(
     max_rank: int | None,
     residual: float,
     full: torch.dtype | None,
+    refined: Artifact | None = None,
 ) -> None:
     """IHVPs of all queries in one layer (Equation 21): full matrices, or weighted singular value decompositions.
 
@@ -132,20 +134,25 @@ def precondition(
         max_rank: the most singular values that are kept a query.
         residual: share of a query's energy in this layer that may be dropped.
         full: keep full matrices of this type instead.
+        refined: IHVPs by conjugate gradients, to be taken instead of the solver's own.
     """
     state, weights = fit_solver(solver, factors, layer, damping_factor)
     tensors: dict[str, Tensor] = {}
     dense = []
-    for query, factors_of in enumerate(read_token_factors(gradients, layer.name, range(queries))):
-        gradient_OI = factors_of.gradient()
+    if refined is None:
+        given = read_token_factors(gradients, layer.name, range(queries))
+        rotated = (apply_rotated(state, factors_of.gradient()) for factors_of in given)
+    else:
+        rotated = (state.rotate(full_OI.double()) for full_OI in read_refined(refined, layer.name, range(queries)))
+    for query, rotated_OI in enumerate(rotated):
         if full is not None:
-            dense.append(apply(state, gradient_OI).to(full))
+            dense.append(state.unrotate(rotated_OI).to(full))
             continue
-        spectrum = weighted_spectrum(gradient_OI, state, weights, max_rank, residual)
-        tensors[f"{query}/left"] = spectrum.left_OK.contiguous()
-        tensors[f"{query}/right"] = spectrum.right_IK.contiguous()
-        tensors[f"{query}/values"] = spectrum.values_K.double().contiguous()
-        tensors[f"{query}/energy"] = torch.tensor([spectrum.energy], dtype=torch.float64)
+        found = spectrum(rotated_OI, state, weights, max_rank, residual)
+        tensors[f"{query}/left"] = found.left_OK.contiguous()
+        tensors[f"{query}/right"] = found.right_IK.contiguous()
+        tensors[f"{query}/values"] = found.values_K.double().contiguous()
+        tensors[f"{query}/energy"] = torch.tensor([found.energy], dtype=torch.float64)
     if full is not None:
         tensors["dense"] = torch.stack(dense)
     output.write_tensors(layer_file(layer.name), tensors, {"damping": repr(state.damping)})

@@ -12,12 +12,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from actors.attributing import (
+    CELLS,
+    STEPS,
+    TOKENS,
+    PartReport,
+    cell_rows,
+    queries_of,
+    step_rows,
+    token_rows,
+    write_part,
+)
 from actors.errors import BadRecord, Cancelled, MemoryRanOut, WhenceError
 from actors.factors import (
     correction_bundles,
@@ -31,11 +42,31 @@ from actors.factors import (
 )
 from actors.holdings import HeldBases, HeldQueries
 from actors.model import load_model, load_skeleton
+from actors.probe_files import probe_rows, write_probe
+from actors.refinement import (
+    ProductTask,
+    RefinementTask,
+    at_a_time,
+    product_tensors,
+    read_direction,
+    read_refined,
+    row_numbers,
+)
 from actors.scores import ShardReport, write_scores
 from actors.sequences import SequenceSource, StoredSequences, candidate_rows
 from actors.sharding import unload
 from actors.store import Artifact
-from actors.tasks import AgreementTask, Done, FidelityTask, GroupTask, QueryTask, ReplicaSpec, ScanTask
+from actors.tasks import (
+    AgreementTask,
+    AttributionTask,
+    Done,
+    FidelityTask,
+    GroupTask,
+    ProbeTask,
+    QueryTask,
+    ReplicaSpec,
+    ScanTask,
+)
 from conf.schema import Dtype as DtypeName
 from conf.schema import Labels as LabelsKind
 from conf.schema import ModelConfig, Offload
@@ -43,6 +74,7 @@ from influence.batch import Batch
 from influence.correction import CorrectionSums
 from influence.covariance import CovarianceSums
 from influence.exchange import Alone, Exchange
+from influence.gauss_newton import GaussNewton, LanguageNetwork, ProductSums
 from influence.labels import Labels, SampledLabels, TrueLabels
 from influence.layers import LayerSelection, group_inputs, select_layers
 from influence.measurement import MEASUREMENTS, MeasuredQuery
@@ -52,7 +84,8 @@ from influence.worker import NonFiniteSequences, Precision, TokenFactors, Worker
 
 log = logging.getLogger(__name__)
 
-S = TypeVar("S", CovarianceSums, CorrectionSums)
+R = TypeVar("R")
+S = TypeVar("S", CovarianceSums, CorrectionSums, ProductSums)
 
 COVARIANCE_PASS = 0  # labels of the covariance and of the correction are independent draws
 CORRECTION_PASS = 1
@@ -91,6 +124,7 @@ class Replica:
         self.committing = False  # from the last look at `cancelled` on: the task will be committed
         self.worker, self.selection = self._load(spec.model, self._precision())
         self._passes: tuple[tuple[str, ...], Worker] | None = None
+        self._exact: Worker | None = None  # the model in float32
         self._sources: dict[str, SequenceSource] = {}
         precision, memory = self.worker.precision, spec.cluster.memory_per_rank
         self._queries = HeldQueries(self.selection, spec.scan, precision, self.device, self.exchange, memory)
@@ -185,6 +219,43 @@ class Replica:
 
         return self._compared(task, (compressed, self.worker, True), (full, self.worker, True))
 
+    # --- conjugate gradients ----------------------------------------------------------------------------------------
+
+    def products(self, task: ProductTask) -> Done:
+        """Sum Jᵀ H J p over one group, p of all queries of a batch that have not stopped, and commit the sums."""
+        started, systems, layers = time.perf_counter(), task.systems, self.selection.layers
+        self._bases.release()
+        vectors = read_direction(systems, task.direction, self.selection, self.device)
+        newton = GaussNewton(LanguageNetwork(self.worker.model), layers, self.worker.precision.product)
+        itemsize = self.worker.precision.product.itemsize
+        config: Any = self.worker.model.config
+        vocabulary = config.get_text_config().vocab_size
+
+        def begin() -> ProductSums:
+            return ProductSums.like(vectors)
+
+        def step(batch: Batch, sums: ProductSums) -> None:
+            ranks, tokens = self.exchange.size, batch.input_ids.shape[1]
+            held = task.memory * self.batch_size // self.spec.scan.batch_size  # less, once memory ran out
+            rows = held // (itemsize * row_numbers(layers, tokens, vocabulary))
+            width, most = at_a_time(len(task.direction.chosen), self.batch_size, rows)
+            local = batch.filled(ranks).part(self.exchange.rank, ranks) if ranks > 1 else batch
+            for start in range(0, len(local), most):
+                newton.add(local.rows(start, start + most), vectors, sums, width)
+
+        sums = self._sum_group(task, begin, step)
+        self._agree_on(sums)
+        for number, bundle in enumerate(systems.bundles(layers)):
+            self._write_part(task, number, product_tensors(sums, bundle))
+        return self._commit_part(task, sums, {}, started)
+
+    def refine(self, task: RefinementTask) -> Done:
+        """One bundle's part of an iteration; of several ranks, the first does it."""
+        started = time.perf_counter()
+        self._begin_commit()
+        found = task.run() if self.exchange.rank == 0 else {}
+        return Done(seconds=time.perf_counter() - started, result=found)
+
     # --- scan -------------------------------------------------------------------------------------------------------
 
     def scan(self, task: ScanTask) -> Done:
@@ -231,6 +302,79 @@ class Replica:
             return self._compared(task, (planned, self.worker, shared), (stored, exact, shared))
         finally:
             unload(exact.model)
+
+    def probe(self, task: ProbeTask) -> Done:
+        """Score a probe's sequences: on all queries as the scan does, on its own query by layer and by token too."""
+        started = time.perf_counter()
+        self._bases.release()
+        queries, shared = self._queries.planned(task.queries, task.tokens), self._queries.shared
+        own = self._queries.chosen(task.queries, [task.probe])
+
+        def score(batch: Batch) -> list[dict]:
+            scores_BQ = self.worker.scores(batch, queries, shared=shared).scores_BQ
+            return probe_rows(batch, scores_BQ, self.worker.scores(batch, own, per_token=True, shared=shared))
+
+        found = list(self._micro_batches(range(len(task.rows)), task.rows, score))
+        self._begin_commit()
+        if self.exchange.rank == 0:
+            write_probe(task.output, task.probe, [row for _, rows, _ in found for row in rows])
+        tokens = sum(read for _, _, read in found)
+        return Done(len(task.rows), tokens, time.perf_counter() - started)
+
+    # --- attribution ------------------------------------------------------------------------------------------------
+
+    def cells(self, task: AttributionTask) -> Done:
+        """Write the token × layer matrix of every pair, by one pass over the sequences."""
+        started = time.perf_counter()
+        self._bases.release()
+        queries, wanted = self._queries.whole(task.queries), queries_of(task.pairs)
+        rows = self._source(task.sequences).read(list(wanted))
+        found = self._micro_batches(list(wanted), rows, lambda batch: cell_rows(self.worker, batch, wanted, queries))
+        return self._commit_pairs(task, CELLS, list(found), started)
+
+    def token_steps(self, task: AttributionTask) -> Done:
+        """Choose the step of each query on the sequence that it is paired with."""
+        queries, worker = self._queries.whole(task.queries), self._exact_worker()
+
+        def run(batch: Batch) -> list[dict]:
+            return step_rows(worker, batch, task.pairs, queries, task.relative)
+
+        return self._of_pairs(task, STEPS, run)
+
+    def token_influence(self, task: AttributionTask) -> Done:
+        """Write the influence of output and input tokens in every pair."""
+        queries, worker = self._queries.whole(task.queries), self._exact_worker()
+
+        def run(batch: Batch) -> list[dict]:
+            return token_rows(worker, batch, task.pairs, task.steps, queries)
+
+        return self._of_pairs(task, TOKENS, run)
+
+    def _of_pairs(self, task: AttributionTask, kind: str, run: Callable[[Batch], list[dict]]) -> Done:
+        """One row of a micro-batch for each pair."""
+        started = time.perf_counter()
+        self._bases.release()
+        rows = self._source(task.sequences).read([sequence_id for sequence_id, _ in task.pairs])
+        found = list(self._micro_batches(range(len(task.pairs)), rows, run))
+        return self._commit_pairs(task, kind, found, started)
+
+    def _commit_pairs(
+        self, task: AttributionTask, kind: str, found: Sequence[tuple[list[int], list[dict], int]], started: float
+    ) -> Done:
+        self._begin_commit()
+        report = PartReport(sum(tokens for _, _, tokens in found), time.perf_counter() - started)
+        if self.exchange.rank == 0:
+            write_part(task.output, kind, task.part, [row for _, rows, _ in found for row in rows], report)
+        return Done(len(task.pairs), report.tokens, report.seconds)
+
+    def _exact_worker(self) -> Worker:
+        """The model in float32 where its own type is lower; it stays, for the tasks to come."""
+        if self.spec.model.dtype in (DtypeName.float32, DtypeName.float64):
+            return self.worker
+        if self._exact is None:
+            reference = ModelConfig(**{**vars(self.spec.model), "dtype": DtypeName.float32})
+            self._exact, _ = self._load(reference, Precision())
+        return self._exact
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -303,9 +447,13 @@ class Replica:
 
     def _full_queries(self, task: FidelityTask, name: str) -> LayerQueries:
         layer = next(layer for layer in self.selection.layers if layer.name == name)
-        state, _ = fit_solver(task.solver, task.factors, layer, task.damping_factor)
-        factors = read_token_factors(task.gradients, name, task.queries)
-        dense_QOI = torch.stack([apply(state, factor.gradient()) for factor in factors])
+        if task.refined is not None:
+            full = list(read_refined(task.refined, name, task.queries))
+        else:
+            state, _ = fit_solver(task.solver, task.factors, layer, task.damping_factor)
+            factors = read_token_factors(task.gradients, name, task.queries)
+            full = [apply(state, factor.gradient()) for factor in factors]
+        dense_QOI = torch.stack(full)
         return self._queries.placed(LayerQueries(len(task.queries), dense_QOI=dense_QOI), shared=True)
 
     def _score(
@@ -316,8 +464,17 @@ class Replica:
         worker: Worker,
         shared: bool = False,
     ) -> Iterator[tuple[list[int], Tensor, int]]:
-        """Sequences, their scores and their tokens, a micro-batch at a time; it is halved if memory runs out."""
-        rows = self._source(sequences).read(ids)
+        """Sequences, their scores and their tokens, a micro-batch at a time."""
+
+        def score(batch: Batch) -> Tensor:
+            return worker.scores(batch, queries, shared=shared).scores_BQ.cpu()
+
+        return self._micro_batches(ids, self._source(sequences).read(ids), score)
+
+    def _micro_batches(
+        self, ids: Sequence[int], rows: Sequence[Sequence[int] | np.ndarray], run: Callable[[Batch], R]
+    ) -> Iterator[tuple[list[int], R, int]]:
+        """Sequences, what was found of them and their tokens; a micro-batch is halved if memory runs out."""
         order = sorted(range(len(ids)), key=lambda index: (-len(rows[index]), ids[index]))
         start, self.finished = 0, 0
         while start < len(order):
@@ -325,15 +482,15 @@ class Replica:
             chosen = order[start : start + self.batch_size * self.exchange.size]
             batch = Batch.collate([ids[index] for index in chosen], [rows[index] for index in chosen]).to(self.device)
             try:
-                block = worker.scores(batch, queries, shared=shared).scores_BQ.cpu()
+                found = run(batch)
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
                 continue
-            yield [ids[index] for index in chosen], block, int(batch.lengths.sum())
+            yield [ids[index] for index in chosen], found, int(batch.lengths.sum())
             start += len(chosen)
             self.finished = start
 
-    def _sum_group(self, task: GroupTask, begin: Callable[[], S], step: Callable[[Batch, S], None]) -> S:
+    def _sum_group(self, task: GroupTask | ProductTask, begin: Callable[[], S], step: Callable[[Batch, S], None]) -> S:
         """Sum a statistic over a group, in the order of sequence ids; begun anew without sequences that fail."""
         excluded = dict(task.excluded)
         while True:
@@ -347,7 +504,9 @@ class Replica:
             self._begin_commit()
             return sums
 
-    def _add_group(self, task: GroupTask, sums: S, step: Callable[[Batch, S], None], excluded: dict[int, str]) -> None:
+    def _add_group(
+        self, task: GroupTask | ProductTask, sums: S, step: Callable[[Batch, S], None], excluded: dict[int, str]
+    ) -> None:
         ids = [index for index in task.sequence_ids if index not in excluded]
         rows = self._source(task.sequences).read(ids)
         size = self.batch_size * self.exchange.size
@@ -407,13 +566,18 @@ class Replica:
             self.batch_size,
         )
 
-    def _write_part(self, task: GroupTask, number: int, tensors: dict[str, Tensor]) -> None:
+    def _write_part(self, task: GroupTask | ProductTask, number: int, tensors: dict[str, Tensor]) -> None:
         name = part_file(task.folder, self.exchange.rank, number)
         task.output.write_tensors(name, {key: value.cpu().contiguous() for key, value in tensors.items()})
 
-    def _commit_part(
-        self, task: GroupTask, sums: CovarianceSums | CorrectionSums, rows: dict[str, int], started: float
-    ) -> Done:
+    def _agree_on(self, sums: ProductSums) -> None:
+        """Count what all ranks have added, each its own sequences."""
+        found = self.exchange.agree((sums.sequences, sums.tokens, sums.excluded))
+        sums.sequences = sum(sequences for sequences, _, _ in found)
+        sums.tokens = sum(tokens for _, tokens, _ in found)
+        sums.excluded = {key: why for _, _, excluded in found for key, why in excluded.items()}
+
+    def _commit_part(self, task: GroupTask | ProductTask, sums: S, rows: dict[str, int], started: float) -> Done:
         """Commit a group's sums once every rank has written its own."""
         self.exchange.barrier()
         seconds = time.perf_counter() - started

@@ -56,6 +56,11 @@ class StoredSequences:
         self._starts = [shard["first_sequence_id"] for shard in self._shards]
         self._last: tuple[str, int, int, pa.Table] | None = None
 
+    @property
+    def count(self) -> int:
+        """Sequences of the corpus."""
+        return self._starts[-1] + self._shards[-1]["rows"] if self._shards else 0
+
     def read(self, sequence_ids: Sequence[int]) -> list[np.ndarray]:
         """Token ids of each sequence asked for, in that order."""
         return [row["input_ids"] for row in self.rows(sequence_ids, ["input_ids"])]
@@ -136,6 +141,16 @@ def proposals(candidates: Artifact, query_id: str, sequence_ids: Sequence[int]) 
     table = _row_groups(candidates, holds_some, ["query_id", "sequence_id", "bm25_score"])
     mine = table.filter((pc.field("query_id") == query_id) & pc.field("sequence_id").isin(pa.array(wanted)))
     return dict(zip(mine.column("sequence_id").to_pylist(), mine.column("bm25_score").to_pylist(), strict=True))
+
+
+def proposals_within(candidates: Artifact, first: int, stop: int) -> dict[str, np.ndarray]:
+    """The sequences in [first, stop) that BM25 proposed, ascending, by the query that they were proposed for."""
+    table = _row_groups(candidates, lambda low, high: high >= first and low < stop, ["query_id", "sequence_id"])
+    inside = (pc.field("sequence_id") >= first) & (pc.field("sequence_id") < stop)
+    mine = table.filter(pc.field("query_id").is_valid() & inside)
+    names = mine.column("query_id").combine_chunks().dictionary_encode()
+    codes, ids = names.indices.to_numpy(), mine.column("sequence_id").to_numpy()
+    return {name: np.sort(ids[codes == code]) for code, name in enumerate(names.dictionary.to_pylist())}
 
 
 def _row_groups(candidates: Artifact, concerns: Callable[[int, int], bool], columns: list[str]) -> pa.Table:

@@ -156,6 +156,7 @@ def gather_in_passes(model: nn.Module, settings: dict[str, Any], device: torch.d
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     model.__dict__[_ENGINE] = engine
+    _pass_tangents(model)
     model.register_forward_hook(_free_after_pass(engine.optimizer.partition_all_parameters))
 
 
@@ -253,6 +254,42 @@ def _bytes_of(parameter: Tensor) -> int:
         return whole
     apart = piece.data_ptr() != parameter.data_ptr()
     return piece.numel() * piece.element_size() + (whole if apart else 0)
+
+
+def _pass_tangents(model: nn.Module) -> None:
+    """Have tangents of forward-mode differentiation pass through DeepSpeed's own functions, which lack a `jvp`.
+
+    Those around modules are the identity, and call its hooks in their backward; another one stands for linear layers.
+    """
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    linear: Any = LinearFunctionForZeroStage3
+    if "jvp" not in vars(linear):
+        linear.setup_context = staticmethod(_keeping_weight(linear.setup_context))
+        linear.jvp = staticmethod(_linear_tangent)
+    for module in model.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            function: Any = module.__dict__.get(name)
+            if function is not None:
+                function.jvp = staticmethod(_same_tangent)
+
+
+def _keeping_weight(setup: Callable[..., None]) -> Callable[..., None]:
+    def kept(context: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        setup(context, inputs, output)
+        context.save_for_forward(inputs[1])
+
+    return kept
+
+
+def _linear_tangent(context: Any, tangent: Tensor | None, *_frozen: None) -> Tensor | None:
+    (weight,) = context.saved_tensors
+    return None if tangent is None else tangent.matmul(weight.t())
+
+
+def _same_tangent(_context: Any, *tangents: Tensor | None) -> Tensor | None:
+    (tangent,) = tangents
+    return None if tangent is None else tangent.view_as(tangent)
 
 
 def _free_after_pass(free: Callable[[], None]) -> Callable[..., None]:

@@ -78,6 +78,7 @@ class FidelityTask:
     solver: str
     damping_factor: float
     queries: tuple[int, ...]
+    refined: Artifact | None = None  # IHVPs by conjugate gradients, where the solver has them
 
     def __str__(self) -> str:
         return f"fidelity of queries {self.queries[0]}-{self.queries[-1]}"
@@ -110,6 +111,54 @@ class AgreementTask:
 
     def __str__(self) -> str:
         return "agreement of precisions"
+
+
+@dataclass(frozen=True)
+class AttributionTask:
+    """Take the scores of some pairs of a sequence and a query apart, and write one part.
+
+    Attributes:
+        output: the attribution artifact.
+        part: number of the part among those of its kind.
+        pairs: (sequence_id, query).
+        sequences: the tokenised corpus.
+        queries: as the scan uses them.
+        steps: α of each pair, for the influence of tokens.
+        relative: the step that was asked for, as `attribution.step`; None chooses.
+    """
+
+    output: Artifact
+    part: int
+    pairs: tuple[tuple[int, int], ...]
+    sequences: Artifact
+    queries: Artifact
+    steps: tuple[float, ...] = ()
+    relative: float | None = None
+
+    def __str__(self) -> str:
+        return f"attribution {self.part} ({len(self.pairs)} pairs)"
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """Score sequences of one probe, which the corpus need not have: on all queries, on its own in detail.
+
+    Attributes:
+        output: the artifact to write to.
+        probe: its number, and that of its own query.
+        rows: token ids of its sequences.
+        queries: those of all probes.
+        tokens: of a sequence, on average over all probes; contractions are chosen for it.
+    """
+
+    output: Artifact
+    probe: int
+    rows: tuple[tuple[int, ...], ...]
+    queries: Artifact
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"probe {self.probe}"
 
 
 @dataclass(frozen=True)

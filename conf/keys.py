@@ -23,9 +23,10 @@ from conf import schema
 FOLDER = Path(__file__).parent
 GROUPS = (
     *("model", "corpus", "factors", "queries", "prefilter", "unfiltered"),
-    *("scan", "cluster", "report", "plan", "experiment"),
+    *("scan", "attribution", "tails", "cluster", "report", "probe", "plan", "experiment"),
 )
 PATHS = ("model.path", "corpus.path", "queries.path")  # without these there is nothing to trace
+PROBE_PATHS = ("model.path", "corpus.path", "probe.path")  # what whence probe needs in their place
 
 
 @dataclass(frozen=True)

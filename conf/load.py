@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.keys import FOLDER, GROUPS, group_classes
+from conf.keys import FOLDER, GROUPS, PATHS, group_classes
 from conf.overrides import check_overrides, override_strings
 from conf.problems import ConfigProblems, Problem
 from conf.schema import MISSING, RunConfig, cores, plain
@@ -46,20 +46,26 @@ register()
 
 
 def compose_config(
-    overrides: Sequence[str] = (), *, complete: bool = True, config_dir: str | None = None, planned: bool = False
+    overrides: Sequence[str] = (),
+    *,
+    complete: bool = True,
+    config_dir: str | None = None,
+    planned: bool = False,
+    needs: Sequence[str] = PATHS,
 ) -> RunConfig:
     """Compose a run's config without `hydra.main`: the Python API's way in.
 
     Args:
         overrides: As on the command line, `["experiment=tinystories", "queries.rank=16"]`.
-        complete: Whether model, corpus and queries must be given and, on this machine, be there.
+        complete: Whether what the job `needs` must be given and, on this machine, be there.
         config_dir: A folder of further options, such as one's own experiments.
         planned: Whether nothing will be run, so that `plan.sequences` and `plan.queries` stand in for files.
+        needs: Keys of the paths that the job reads.
 
     Raises:
         ConfigProblems: With everything that is wrong, each with its key, its value and what is allowed.
     """
-    return check_command(overrides, complete=complete, config_dir=config_dir, planned=planned)[0]
+    return check_command(overrides, complete=complete, config_dir=config_dir, planned=planned, needs=needs)[0]
 
 
 def check_command(
@@ -70,6 +76,7 @@ def check_command(
     config_dir: str | None = None,
     config_name: str = "config",
     planned: bool = False,
+    needs: Sequence[str] = PATHS,
 ) -> list[RunConfig]:
     """Compose and validate every job that a command line asks for, before any of them starts.
 
@@ -85,7 +92,8 @@ def check_command(
     for job in checked.jobs:
         try:
             composed = _composed(job, folders, config_name)
-            configs.append(to_config(composed, complete=complete and not checked.partial, planned=planned))
+            wanted = complete and not checked.partial
+            configs.append(to_config(composed, complete=wanted, planned=planned, needs=needs))
         except ConfigProblems as error:
             problems += error.problems
     if problems:
@@ -94,14 +102,22 @@ def check_command(
     return configs
 
 
-def to_config(cfg: DictConfig, *, complete: bool = True, cwd: str | None = None, planned: bool = False) -> RunConfig:
+def to_config(
+    cfg: DictConfig,
+    *,
+    complete: bool = True,
+    cwd: str | None = None,
+    planned: bool = False,
+    needs: Sequence[str] = PATHS,
+) -> RunConfig:
     """Turn Hydra's tree into the typed config, with all validation.
 
     Args:
         cfg: The composed tree; its `hydra` node is ignored.
-        complete: Whether model, corpus and queries must be given and, on this machine, be there.
+        complete: Whether what the job `needs` must be given and, on this machine, be there.
         cwd: The folder that relative paths start from; the current one if None.
         planned: Whether nothing will be run, so that `plan.sequences` and `plan.queries` stand in for files.
+        needs: Keys of the paths that the job reads.
 
     Raises:
         ConfigProblems: With everything that is wrong.
@@ -109,7 +125,7 @@ def to_config(cfg: DictConfig, *, complete: bool = True, cwd: str | None = None,
     problems: list[Problem] = []
     settings = dict(_settings(cfg, problems))
     try:
-        config = build(settings, complete=complete, cwd=cwd or os.getcwd(), planned=planned)
+        config = build(settings, complete=complete, cwd=cwd or os.getcwd(), planned=planned, needs=needs)
     except ConfigProblems as error:
         named = {key for problem in problems for key in problem.keys}
         raise ConfigProblems([*problems, *(p for p in error.problems if not named & set(p.keys))]) from error

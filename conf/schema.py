@@ -34,6 +34,7 @@ class Solver(Enum):
     """How a query gradient is preconditioned: the curvature that is inverted."""
 
     ekfac = "ekfac"
+    ekfac_cg = "ekfac_cg"
     kfac = "kfac"
     identity = "identity"
 
@@ -76,6 +77,13 @@ class Offload(Enum):
     none = "none"
     cpu = "cpu"
     nvme = "nvme"
+
+
+class AttributionTokens(Enum):
+    """What is attributed to tokens: all kinds of influence, or the simple one that the gradient gives alone."""
+
+    all = "all"
+    simple = "simple"
 
 
 class Gpu(Enum):
@@ -154,6 +162,8 @@ class FactorsConfig:
     damping_factor: float = 0.1  # damping = factor * mean(correction), layer by layer
     seed: int = 0  # of the choice of sequences
     groups: int = 16  # fixed groups of sequences that are summed, committed and merged in order
+    cg_iterations: int = 10  # of conjugate gradients (ekfac_cg), each a pass over cg_samples
+    cg_samples: int | None = None  # sequences that its exact curvature is averaged over; None is those of samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +208,28 @@ class ScanConfig:
     dense_memory: int = 1_073_741_824  # bytes that full-rank queries of all layers may take in a replica
     nonfinite_share: float = 0.001  # of sequences that may be set aside before a stage fails
     top: int = 100  # sequences a query in top.parquet
+    bottom: int = 0  # sequences a query in bottom.parquet: those that lower the measurement most
+
+
+@dataclass(frozen=True, kw_only=True)
+class TailsConfig:
+    """What is said of the distribution of influences: which scores are its tail, and how fits are tested."""
+
+    share: float = 0.0001  # of each feed's scores: the largest, which are the tail
+    count: int | None = None  # of scores that are the tail; None takes the share
+    least: int = 50  # values below which nothing is fitted
+    bootstraps: int = 200  # samples of the power law behind its p-value
+    seed: int = 0  # of samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributionConfig:
+    """How the scores of the top and bottom sequences are taken apart, by layer and by token."""
+
+    top: int = 100  # sequences a query, of those in top.parquet; with those in bottom.parquet. 0 turns it off
+    tokens: AttributionTokens = AttributionTokens.all  # simple leaves the influence of output and input tokens out
+    step: float | None = None  # of its finite differences, as a share of layers' outputs; None chooses for each query
+    context_characters: int = 400  # of neighbouring text on each side of a sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +254,15 @@ class ReportConfig:
     """What the report shows."""
 
     title: str | None = None  # None is the name of the run
-    sequences: int = 20  # top sequences a query
+    sequences: int = 100  # a query: that many top ones, and as many bottom ones where there are any
+    megabytes: int = 25  # of 10^6 bytes that report.html may take; less important parts are left out, and it says so
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """What `whence probe` scores; a trace does not read it."""
+
+    path: str | None = None  # YAML list of id, prompt, completion[, contrast], partitions: lists of sequences by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +298,11 @@ class RunConfig:
     prefilter: PrefilterConfig = field(default_factory=PrefilterConfig)
     unfiltered: UnfilteredConfig = field(default_factory=UnfilteredConfig)
     scan: ScanConfig = field(default_factory=ScanConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    tails: TailsConfig = field(default_factory=TailsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 

@@ -70,6 +70,8 @@ LIMITS: Mapping[str, Limit] = {
     "factors.damping_factor": above(0),
     "factors.seed": SEED,
     "factors.groups": at_least(1),
+    "factors.cg_iterations": at_least(1),
+    "factors.cg_samples": at_least(1),
     "queries.path": NOT_EMPTY,
     "queries.rank": Limit("a whole number of at least 1, or full", _is_rank),
     "queries.fidelity": SHARE,
@@ -88,6 +90,15 @@ LIMITS: Mapping[str, Limit] = {
     "scan.dense_memory": at_least(0),
     "scan.nonfinite_share": Limit("from 0 to 1", lambda value: 0 <= value <= 1),
     "scan.top": at_least(1),
+    "scan.bottom": at_least(0),
+    "attribution.top": at_least(0),
+    "attribution.step": above(0),
+    "attribution.context_characters": at_least(0),
+    "tails.share": SHARE,
+    "tails.count": at_least(10),
+    "tails.least": at_least(10),
+    "tails.bootstraps": at_least(1),
+    "tails.seed": SEED,
     "cluster.address": NOT_EMPTY,
     "cluster.min_replicas": at_least(0),
     "cluster.max_replicas": at_least(1),
@@ -100,6 +111,8 @@ LIMITS: Mapping[str, Limit] = {
     "cluster.num_cpus": at_least(1),
     "cluster.progress_seconds": above(0),
     "report.sequences": at_least(1),
+    "report.megabytes": at_least(1),
+    "probe.path": NOT_EMPTY,
     "plan.sequences": at_least(1),
     "plan.queries": at_least(1),
     "plan.query_tokens": at_least(2),
@@ -179,14 +192,22 @@ def _read_scalar(kind: type, value: object) -> Any:
     return int(value) if value == int(value) else None  # type: ignore[call-overload]
 
 
-def build(settings: Mapping[str, object], *, complete: bool, cwd: str, planned: bool = False) -> RunConfig:
+def build(
+    settings: Mapping[str, object],
+    *,
+    complete: bool,
+    cwd: str,
+    planned: bool = False,
+    needs: Iterable[str] = PATHS,
+) -> RunConfig:
     """Make the typed config from settings by key, or say everything that is wrong with them.
 
     Args:
         settings: Values by full key, `factors.blocks`; a key that is absent takes the schema's default.
-        complete: Whether model, corpus and queries must be given and, on this machine, be there.
+        complete: Whether what the job `needs` must be given and, on this machine, be there.
         cwd: The folder that relative paths start from.
         planned: Whether nothing will be run, so that `plan.sequences` and `plan.queries` stand in for files.
+        needs: Keys of the paths that the job reads.
 
     Raises:
         ConfigProblems: With every problem.
@@ -203,7 +224,7 @@ def build(settings: Mapping[str, object], *, complete: bool, cwd: str, planned: 
     wrong = {name for problem in problems for name in problem.keys}
     config = _assemble(_absolute_paths(values, cwd))
     problems += [found for rule in RULES for found in rule(config) if not wrong & set(found.keys)]
-    needed = [path for path in PATHS if not (planned and _stood_in(config, path))] if complete else []
+    needed = [path for path in needs if not (planned and _stood_in(config, path))] if complete else []
     problems += [found for found in _paths(config, needed) if not wrong & set(found.keys)]
     reach = _store_in_reach(config, values["store"]) if complete and not planned else ()
     problems += [found for found in reach if not wrong & set(found.keys)]
@@ -236,7 +257,7 @@ def _absolute_paths(values: dict[str, Any], cwd: str) -> dict[str, Any]:
         return os.path.normpath(os.path.join(cwd, os.path.expanduser(path)))
 
     found = dict(values)
-    for name in ("store", *PATHS, "model.tokenizer"):
+    for name in ("store", *PATHS, "probe.path", "model.tokenizer"):
         path = values[name]
         if path in (None, MISSING, "") or "://" in path:
             continue
@@ -287,6 +308,13 @@ def _offload_has_a_place(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.offload=nvme", reason, ("model.offload", "model.offload_path"))
 
 
+def _tail_is_fitted(config: RunConfig) -> Iterator[Problem]:
+    count, least = config.tails.count, config.tails.least
+    if count is not None and count < least:
+        reason = f"fewer than tails.least={least} are never fitted. Allowed: at least {least}; or null"
+        yield Problem(f"tails.count={count}", reason, ("tails.count", "tails.least"))
+
+
 def _stood_in(config: RunConfig, path: str) -> bool:
     """Whether a number stands in for a file."""
     numbers = {"corpus.path": config.plan.sequences, "queries.path": config.plan.queries}
@@ -297,7 +325,7 @@ def _paths(config: RunConfig, needed: Iterable[str]) -> Iterator[Problem]:
     """Paths that are not given; and those on this machine that are not there: a cluster's are for its nodes to find."""
     paths = {name: getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) for name in needed}
     for name, path in paths.items():
-        if path == MISSING:
+        if path in (None, MISSING):
             reason = f"must be given: {keys()[name].meaning}. For example {name}=..., or an experiment that sets it"
             yield Problem(name, reason, (name,))
     if config.cluster.address != "local":
@@ -329,4 +357,5 @@ RULES: tuple[Rule, ...] = (
     _replicas_in_order,
     _ranks_have_whole_gpus,
     _offload_has_a_place,
+    _tail_is_fitted,
 )

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipelines.probing import ProbeResult
     from pipelines.tracing import TraceResult
 
-__all__ = ["trace"]
+__all__ = ["probe", "trace"]
 
 
 def trace(*overrides: str, run_dir: str | Path | None = None) -> TraceResult:
@@ -38,3 +39,28 @@ def trace(*overrides: str, run_dir: str | Path | None = None) -> TraceResult:
     config = compose_config(list(overrides))
     folder = run_dir or Path("runs") / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     return run_trace(config, folder)
+
+
+def probe(*overrides: str, run_dir: str | Path | None = None) -> ProbeResult:
+    """Score sequences of one's own from Python, as `whence probe OVERRIDES` does from a shell.
+
+    Args:
+        overrides: Hydra overrides, such as `"probe.path=probes.yaml"`.
+        run_dir: folder of the run; by default one under `runs/` named by date and time.
+
+    Returns:
+        The run's folder, summary and sequences.
+
+    Raises:
+        ConfigProblems: listing every setting that is not allowed.
+        WhenceError: for a file that cannot be used or work that keeps failing.
+    """
+    from datetime import datetime
+
+    from conf.keys import PROBE_PATHS
+    from conf.load import compose_config
+    from pipelines.probing import run_probe
+
+    config = compose_config(["name=probe", *overrides], needs=PROBE_PATHS)
+    folder = run_dir or Path("runs") / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    return run_probe(config, folder)

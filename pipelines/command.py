@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from actors.errors import ConfigError, WhenceError
+from conf.keys import PATHS, PROBE_PATHS
 from conf.problems import ConfigProblems, did_you_mean
 from pipelines.ending import (
     FAILED,
@@ -83,6 +84,23 @@ def _warn_in_a_job(address: str, folder: str) -> None:
 
 
 @logged
+def probe_job(cfg: DictConfig) -> None:
+    """Score sequences of the user's own and print what each partition comes to."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from conf.load import to_config
+
+    runtime = HydraConfig.get().runtime
+    config = to_config(cfg, cwd=runtime.cwd, needs=PROBE_PATHS)
+
+    from pipelines.probing import run_probe
+
+    _warn_in_a_job(config.cluster.address, runtime.output_dir)
+    result = run_probe(config, runtime.output_dir)
+    sys.stdout.write(f"{result.table()}\n")
+
+
+@logged
 def plan_job(cfg: DictConfig) -> None:
     """Print what a trace would do, and run nothing."""
     from hydra.core.hydra_config import HydraConfig
@@ -111,6 +129,34 @@ def demo_job(cfg: DictConfig) -> None:
     demo(list(hydra.overrides.task), hydra.runtime.output_dir)
 
 
+def compare_arguments() -> argparse.ArgumentParser:
+    """What `whence compare` takes."""
+    from pipelines.comparing.arguments import parser
+
+    return parser()
+
+
+def compare_runs(given: argparse.Namespace) -> str:
+    """Compare finished runs; returns what the terminal shows."""
+    from pipelines.comparing.arguments import run
+
+    return run(given)
+
+
+def report_arguments() -> argparse.ArgumentParser:
+    """What `whence report` takes."""
+    from pipelines.report.arguments import parser
+
+    return parser()
+
+
+def report_again(given: argparse.Namespace) -> str:
+    """Write a finished run's report again; returns its path."""
+    from pipelines.report.arguments import run
+
+    return run(given)
+
+
 @dataclass(frozen=True)
 class Verb:
     """A word of the command line.
@@ -119,9 +165,12 @@ class Verb:
         name: The word.
         summary: One line for the help.
         job: What Hydra runs with the composed config; None for a verb of a later release.
-        complete: Whether model, corpus and queries must be given.
+        complete: Whether the paths that it needs must be given.
         overrides: Put before the user's, which win.
         compared: Whether a sweep ends with a table of its jobs.
+        needs: Keys of the paths that it reads.
+        arguments: Makes the parser of a verb that takes no configuration, and no Hydra.
+        direct: What runs with what that parser made of the words; returns what the terminal shows.
     """
 
     name: str
@@ -130,6 +179,14 @@ class Verb:
     complete: bool = True
     overrides: tuple[str, ...] = ()
     compared: bool = False
+    needs: tuple[str, ...] = PATHS
+    arguments: Callable[[], argparse.ArgumentParser] | None = None
+    direct: Callable[[argparse.Namespace], str] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether this release has it."""
+        return self.job is not None or self.direct is not None
 
 
 NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=whence_console")
@@ -138,9 +195,27 @@ VERBS = (
     Verb(
         "plan", "say what trace would do: steps, cached or not, and their cost; run nothing", plan_job, True, NO_FOLDER
     ),
+    Verb(
+        "probe",
+        "score sequences of your own, which the corpus need not have, on queries of their own",
+        probe_job,
+        overrides=("name=probe",),
+        needs=PROBE_PATHS,
+    ),
     Verb("demo", "trace the facts of a small generated world", demo_job, False, ("name=almanac",)),
     Verb("validate", "check influence scores against retraining and other methods"),
-    Verb("report", "write the report of a finished run again"),
+    Verb(
+        "report",
+        "write the report of a finished run again: whence report RUN [report.key=value]",
+        arguments=report_arguments,
+        direct=report_again,
+    ),
+    Verb(
+        "compare",
+        "say how far finished runs agree on the same queries: whence compare RUN RUN ...",
+        arguments=compare_arguments,
+        direct=compare_runs,
+    ),
 )
 
 
@@ -161,14 +236,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"whence {version()}\n")
         return 0
     verb = next((verb for verb in VERBS if words and verb.name == words[0]), None)
-    if words and (words[0] == "help" or {"-h", "--help"} & set(words)):
+    own_help = verb is not None and verb.arguments is not None
+    if words and not own_help and (words[0] == "help" or {"-h", "--help"} & set(words)):
         from pipelines.manual import manual
 
         sys.stdout.write(manual(VERBS, verb))
         return 0
     if verb is None:
         return _refuse("whence", _unknown_verb(words))
-    if verb.job is None:
+    if not verb.ready:
         return _refuse(f"whence {verb.name}", "This verb comes with a later release. Ready now: " + _ready())
     return _execute(verb, words[1:])
 
@@ -178,8 +254,11 @@ def _execute(verb: Verb, words: list[str]) -> int:
     name = f"whence {verb.name}"
     try:
         with terminable():
-            _check(verb, words)
-            _run_hydra(verb, words)
+            if verb.arguments and verb.direct:
+                sys.stdout.write(f"{verb.direct(verb.arguments().parse_args(words))}\n")
+            else:
+                _check(verb, words)
+                _run_hydra(verb, words)
     except ConfigProblems as error:
         count = len(error.problems)
         lines = [f"{count} settings are not allowed; nothing was started."] if count > 1 else []
@@ -214,6 +293,7 @@ def _check(verb: Verb, words: list[str]) -> None:
         config_dir=flags.config_dir,
         config_name=flags.config_name or "config",
         planned=verb.job is plan_job,
+        needs=verb.needs,
     )
 
 
@@ -313,7 +393,7 @@ def _unknown_verb(words: list[str]) -> str:
 
 
 def _ready() -> str:
-    return ", ".join(verb.name for verb in VERBS if verb.job is not None)
+    return ", ".join(verb.name for verb in VERBS if verb.ready)
 
 
 def _refuse(name: str, text: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def compare(mine: Path, other: Path, most: int = MOST_SEQUENCES) -> Agreement:
     """
     tops = _tops(mine), _tops(other)
     both = [query for query in tops[0] if query in tops[1]]
-    shares = [_mean(_overlap(tops[0][query], tops[1][query], count) for query in both) for count in (10, 100)]
+    shares = [_mean(overlap(tops[0][query], tops[1][query], count) for query in both) for count in (10, 100)]
     return Agreement(shares[0], shares[1], _spearman(mine, other, both, most))
 
 
@@ -89,7 +89,7 @@ def _tops(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-def _overlap(mine: list[int], other: list[int], count: int) -> float:
+def overlap(mine: Sequence[object], other: Sequence[object], count: int) -> float:
     """Share of the first `count` that both have; NaN if one of them has fewer."""
     if min(len(mine), len(other)) < count:
         return math.nan

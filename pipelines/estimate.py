@@ -8,16 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from actors.factors import QUERY_BATCH
+from actors.refinement import at_a_time, row_numbers
+from conf.schema import AttributionTokens
 from influence import cost, traffic
+from influence.attribution import TRIED
+from influence.distribution import BINS
 from influence.layers import TrackedLayer
 from influence.passes import basis_share, correction_share, covariance_bytes
 from influence.scoring import DENSE_COPIES
-from pipelines.rates import DECOMPOSITIONS, DOUBLES, TEXT
+from influence.tails import tail_size
+from pipelines.rates import ATTENTION, DECOMPOSITIONS, DOUBLES, ELEMENTWISE, TEXT
 from pipelines.stages.agreement import sample_size as agreement_size
+from pipelines.stages.attribution import exact_dtype
 from pipelines.stages.compression import uncompressed
 from pipelines.stages.fidelity import sample_size as fidelity_size
 from pipelines.stages.ihvp import kept
+from pipelines.stages.refinement import COPIES, cg_sample, queries_at_a_time
+from pipelines.stages.scan import shard_size
+from pipelines.stages.tails import HEADS, POINTS, ROWS, SHARDS_A_TASK
 from pipelines.stepcost import (
     StepCost,
     activations,
@@ -41,6 +52,7 @@ from pipelines.workload import (
     covariance_passes,
     has_curvature,
     queries_shared,
+    sampled_alike,
     total_rank,
 )
 
@@ -61,6 +73,7 @@ def estimate(load: Workload) -> dict[str, StepCost]:
         "eigenbasis": eigenbasis,
         "correction": correction,
         "gradients": gradients,
+        "refinement": refinement,
         "ihvp": ihvp,
         "queries": compression,
         "candidates": candidates,
@@ -68,6 +81,8 @@ def estimate(load: Workload) -> dict[str, StepCost]:
         "scores": scan,
         "agreement": agreement,
         "top": top,
+        "attribution": attribution,
+        "tails": tails,
     }
     return {name: make(load) for name, make in makers.items()}
 
@@ -180,6 +195,46 @@ def gradients(load: Workload) -> StepCost:
     moved = {"weights": gathered(load, steps), "gradients": disk} if load.ranks > 1 else {}
     held = weights(load) | activations(load, 1, max(load.query_tokens))
     return StepCost(work, held, disk, moved=moved, stored=disk, pieces=batches)
+
+
+def refinement(load: Workload) -> StepCost:
+    """A pass over the sample for each iteration and batch of queries; vectors x, r, z and p, and p and q, in the store.
+
+    Each rank holds all vectors of a batch twice: directions, and sums of products. Work on the vectors themselves is
+    left out, but for what of them is read and written.
+    """
+    config, sample = load.config, sampled_alike(load, cg_sample(load.config.factors))
+    product, itemsize = config.scan.product_dtype, bytes_of(config.scan.sum_dtype)
+    width = min(load.queries, queries_at_a_time(config, load.layers))
+    batches = [min(width, load.queries - at) for at in range(0, load.queries, width)]
+    numbers = row_numbers(load.layers, load.tokens, load.shape.vocabulary)
+    rows = config.scan.dense_memory // (bytes_of(product) * numbers)
+    together, _ = at_a_time(width, config.scan.batch_size, rows)
+    through, iterations = sample.samples * config.factors.cg_iterations, config.factors.cg_iterations
+    flops = sum(
+        cost.product_flops(load.shape, load.layers, load.tokens, size, -(-size // together)) for size in batches
+    )
+    forwards = sum(2 * -(-size // together) for size in batches)
+    elementwise = cost.elementwise_numbers(load.shape, load.tokens, False) * (forwards + 2 * load.queries)
+    vectors = itemsize * cost.correction_numbers(load.layers)
+    parts = load.ranks * sample.groups * vectors * width
+    held = weights(load) | activations(load, 1, load.tokens)
+    held |= {"vectors": COPIES * vectors * width, "rows": bytes_of(product) * numbers * min(rows, together)}
+    moved = {"weights": forwards * iterations * gathered(load, sample.sampled().steps)} if load.ranks > 1 else {}
+    traffic_of_one = 2 * load.ranks * sample.groups + 16  # parts, and states and directions, written and read again
+    return StepCost(
+        {
+            config.model.dtype.name: through * flops,
+            ELEMENTWISE: through * elementwise,
+            ATTENTION: through * cost.attention_weights(load.shape, load.tokens) * (len(batches) + load.queries),
+        },
+        held,
+        vectors * load.queries,
+        parts + 6 * vectors * width,
+        moved,
+        traffic_of_one * vectors * load.queries * iterations,
+        pieces=sample.groups * iterations,
+    )
 
 
 def ihvp(load: Workload) -> StepCost:
@@ -326,7 +381,76 @@ def _scan_moved(load: Workload, each: Lockstep, shared: bool) -> dict[str, int]:
 
 def top(load: Workload) -> StepCost:
     """The best of each query with their text, taken as four bytes a token."""
-    rows = load.queries * min(load.config.scan.top, load.candidates)
+    chosen = min(load.config.scan.top, load.candidates) + min(load.config.scan.bottom, load.candidates)
+    rows = load.queries * chosen
     disk = rows * (64 + 4 * load.tokens)
     read = load.candidates * (8 + 4 + SINGLE * load.queries)
     return StepCost(disk=disk, stored=disk + read, tasks=True)
+
+
+def attribution(load: Workload) -> StepCost:
+    """One pass over the top and bottom sequences; two down to the embeddings for each pair of one with its query.
+
+    And as many for each step that is tried for a query. Weights that are gathered are counted as in the scan.
+    """
+    config, scan_config, model = load.config.attribution, load.config.scan, load.config.model
+    if not config.top:
+        return StepCost()
+    chosen = min(config.top, scan_config.top, load.candidates) + min(scan_config.bottom, load.candidates)
+    pairs, layers = load.queries * chosen, len(load.layers)
+    sequences = min(pairs, load.candidates)
+    exact = exact_dtype(load.config)
+    each = sum(cost.direction_flops(layer, load.tokens, _rank(load, layer), load.calls(layer)) for layer in load.layers)
+    work = merged(passes(load, sequences, load.tokens, False), {scan_config.product_dtype.name: pairs * each})
+    tried = load.queries * (TRIED[getattr(torch, exact.name)] if config.step is None else 3)
+    walks = 2 * (pairs + tried) if config.tokens is AttributionTokens.all else 0
+    through = cost.through_flops(load.shape, load.tokens) + 2 * each
+    scales = load.queries * (cost.forward_flops(load.shape, load.tokens) + each) if walks else 0
+    elementwise = walks * cost.elementwise_numbers(load.shape, load.tokens, False)
+    attended = walks * cost.attention_weights(load.shape, load.tokens)
+    size = shard_size(max(sequences, walks // 2), scan_config.shard_sequences)
+    numbers = load.tokens * (layers + 1 + 2 * bool(walks)) + layers
+    cells = bytes_of(scan_config.sum_dtype) * scan_config.batch_size * load.tokens * layers
+    more = {"queries": _queries_at_hand(load), "cells": cells}
+    if walks and exact is not model.dtype:
+        more["weights in float32"] = SINGLE * -(-load.parameters // load.ranks)
+    micro = Lockstep.over([sequences, walks], load.ranks, scan_config.batch_size)
+    own = Lockstep.over([sequences], load.ranks, scan_config.batch_size).own
+    received = load.ranks * (load.ranks - 1) * own * load.tokens * layers * bytes_of(scan_config.sum_dtype)
+    disk = pairs * (SINGLE * numbers + 4 * load.tokens)
+    return StepCost(
+        merged(work, {exact.name: walks * through + scales, ELEMENTWISE: elementwise, ATTENTION: attended}),
+        rank_memory(load, more),
+        disk,
+        SINGLE * pairs * numbers,
+        {"weights": gathered(load, micro.steps), "cells": received} if load.ranks > 1 else {},
+        disk + 2 * SINGLE * pairs * numbers,
+        pieces=max(1, -(-max(sequences, walks // 2) // size)),
+    )
+
+
+def _queries_at_hand(load: Workload) -> int:
+    """Bytes of the queries as they are stored; beside a GPU they stay in the host's memory, but for one of a layer."""
+    if load.config.cluster.gpus_per_rank == 0:
+        return compression(load).disk
+    ranks = {layer: _rank(load, layer) for layer in load.layers}
+    return SINGLE * max(
+        cost.dense_numbers(layer, 1) if rank is None else cost.factored_numbers(layer, rank)
+        for layer, rank in ranks.items()
+    )
+
+
+def _rank(load: Workload, layer: TrackedLayer) -> int | None:
+    """The rank of a query in a layer, on average; None where it is a full matrix."""
+    return None if uncompressed(load.config.queries) else -(-total_rank(load, layer) // load.queries)
+
+
+def tails(load: Workload) -> StepCost:
+    """Reading all scores; a task holds a summary of each query and feed, and a block of rows."""
+    most = max(tail_size(load.candidates, load.config.tails.share, load.config.tails.count), *HEADS)
+    summaries = 2 * 2 * DOUBLE * load.queries * (BINS + min(most, load.candidates))
+    block = (2 * SINGLE + DOUBLE) * load.queries * min(ROWS, load.candidates)
+    read = load.candidates * (8 + 4 + SINGLE * load.queries)
+    pieces = max(1, -(-load.shards // SHARDS_A_TASK))
+    held, disk = {"summaries": summaries, "rows": block}, 2 * POINTS * 2 * DOUBLE * load.queries
+    return StepCost(memory=held, disk=disk, stored=read, tasks=True, pieces=pieces)

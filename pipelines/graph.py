@@ -10,12 +10,14 @@ from typing import Any
 
 from actors.corpus import corpus_digest
 from actors.model import model_digest
+from actors.probes import read_probes, sequences_digest
 from actors.queries import queries_digest
 from actors.tokeniser import load_tokeniser, model_limits
 from conf.schema import PrefilterKind, RunConfig, UnfilteredKind, plain
 from influence.solvers import SOLVERS
 from pipelines.stages import (
     agreement,
+    attribution,
     candidates,
     compression,
     correction,
@@ -25,7 +27,10 @@ from pipelines.stages import (
     gradients,
     ihvp,
     layers,
+    probe,
+    refinement,
     scan,
+    tails,
     tokenise,
     top,
 )
@@ -39,6 +44,7 @@ VERSIONS = {
     "eigenbasis": 1,
     "correction": 1,
     "gradients": 1,
+    "refinement": 1,
     "ihvp": 1,
     "queries": 2,
     "fidelity": 1,
@@ -46,6 +52,9 @@ VERSIONS = {
     "scores": 3,
     "agreement": 1,
     "top": 1,
+    "attribution": 1,
+    "tails": 1,
+    "probe": 1,
 }
 
 
@@ -72,11 +81,35 @@ def build_steps(config: RunConfig) -> list[Step]:
     return steps + _query_steps(config, model, tokeniser, tuple(factors))
 
 
+def build_probe_steps(config: RunConfig) -> list[Step]:
+    """The steps of `whence probe`: those of a trace up to its queries, and the scores of the user's own sequences.
+
+    Args:
+        config: `queries.path` is where the queries of the probes are.
+    """
+    trace, wanted = build_steps(config), {"queries", "fidelity", "agreement"}
+    for step in reversed(trace):
+        if step.name in wanted:
+            wanted.update(step.inputs)
+    identity = {
+        "sequences": sequences_digest(read_probes(config)),
+        "tokeniser": _tokeniser(config),
+        "collapse_newlines": config.corpus.collapse_newlines,
+        "model": _model(config),
+        "precision": _precision(config),
+        "contraction": _contraction(config),
+    }
+    probed = _step("probe", ("layers", "queries"), identity, probe.run)
+    return [*(step for step in trace if step.name in wanted), probed]
+
+
 def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple[str, ...]) -> list[Step]:
     queries = {"queries": queries_digest(config), "tokeniser": tokeniser}
     inverse: dict[str, Any] = {"solver": config.factors.solver.name, "sums": config.scan.sum_dtype.name}
     if factors:
         inverse["damping_factor"] = config.factors.damping_factor
+    refined = [_refinement(config, model, factors)] if SOLVERS[config.factors.solver.name].refined else []
+    factors += tuple(step.name for step in refined)
     return [
         _step(
             "gradients",
@@ -84,6 +117,7 @@ def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple
             queries | {"model": model, "measurement": config.queries.measurement.name},
             gradients.run,
         ),
+        *refined,
         _step("ihvp", ("layers", "gradients", *factors), inverse | {"kept": list(ihvp.kept(config.queries))}, ihvp.run),
         _step(
             "queries",
@@ -115,8 +149,30 @@ def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple
             _sample(config, agreement.sample_size(config), model, contraction=_contraction(config)),
             agreement.run,
         ),
-        _step("top", ("sequences", "candidates", "scores"), {"top": config.scan.top, "tokeniser": tokeniser}, top.run),
+        _step("top", ("sequences", "candidates", "scores"), _heads(config) | {"tokeniser": tokeniser}, top.run),
+        _step(
+            "attribution",
+            ("layers", "sequences", "queries", "top"),
+            _attribution(config, model, tokeniser),
+            attribution.run,
+        ),
+        _step("tails", ("candidates", "scores"), {"tails": plain(config.tails)}, tails.run),
     ]
+
+
+def _refinement(config: RunConfig, model: dict, factors: tuple[str, ...]) -> Step:
+    sample = refinement.cg_sample(config.factors)
+    identity = {
+        "solver": config.factors.solver.name,
+        "damping_factor": config.factors.damping_factor,
+        "iterations": sample.cg_iterations,
+        "samples": sample.samples,
+        "seed": sample.seed,
+        "groups": sample.groups,
+        "model": model,
+        "precision": _precision(config),
+    }
+    return _step("refinement", ("layers", "sequences", "gradients", *factors), identity, refinement.run)
 
 
 def _step(name: str, inputs: tuple[str, ...], identity: dict[str, Any], run: Any) -> Step:
@@ -175,6 +231,22 @@ def _sample(config: RunConfig, size: int, model: dict, **more: Any) -> dict[str,
     if not size:
         return {"sample": 0}
     return {"sample": size, "seed": config.seed, "model": model, "precision": _precision(config)} | more
+
+
+def _heads(config: RunConfig) -> dict[str, Any]:
+    """Of the rankings: what is not asked for is not named."""
+    scan = config.scan
+    return {"top": scan.top} | ({"bottom": scan.bottom} if scan.bottom else {})
+
+
+def _attribution(config: RunConfig, model: dict, tokeniser: dict) -> dict[str, Any]:
+    """Where nothing is taken apart, nothing else moves it."""
+    if not config.attribution.top:
+        return {"top": 0}
+    fields = plain(config.attribution)
+    assert isinstance(fields, dict)
+    precision = {"model": model, "precision": _precision(config)}
+    return fields | precision | {"tokeniser": tokeniser, "shard_sequences": config.scan.shard_sequences}
 
 
 def _feeds(config: RunConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from conf.keys import GROUPS, PATHS, Key, default_options, group_classes, keys, options, written
+from conf.keys import GROUPS, Key, default_options, group_classes, keys, options, written
 from conf.schema import MISSING
 from conf.validate import LIMITS, allowed
 
@@ -36,6 +36,10 @@ EXAMPLES = (
     ),
     ("what that would cost", "whence plan model.path=MODEL corpus.path=TEXT queries.path=Q.jsonl"),
     ("a ready experiment, with another corpus", "whence trace experiment=tinystories corpus.path='stories/*.jsonl'"),
+    (
+        "sequences of your own, instead of the corpus's",
+        "whence probe model.path=MODEL corpus.path=TEXT probe.path=P.yaml",
+    ),
     (
         "no prefilter, the whole corpus, two replicas",
         "whence trace ... prefilter=none unfiltered=all cluster=replicas2",
@@ -70,7 +74,7 @@ def manual(verbs: Iterable[Verb], verb: Verb | None = None) -> str:
     parts.append(f"usage: whence {verb.name if verb else 'VERB'} [group=option] [group.key=value] [flags]")
     parts.append(_verbs([verb] if verb else list(verbs), width))
     if verb and verb.complete and verb.job:
-        parts.append(f"Must be given, on the command line or by an experiment: {', '.join(PATHS)}.")
+        parts.append(f"Must be given, on the command line or by an experiment: {', '.join(verb.needs)}.")
     if verb is None or verb.job:
         parts.append(_run_keys(width))
         parts += [_group(group, width) for group in GROUPS]
@@ -87,7 +91,7 @@ def manual(verbs: Iterable[Verb], verb: Verb | None = None) -> str:
 
 def _verbs(verbs: Iterable[Verb], width: int) -> str:
     rows = [
-        _row(f"  {verb.name}", 12, verb.summary + ("" if verb.job else " (comes with a later release)"), width)
+        _row(f"  {verb.name}", 12, verb.summary + ("" if verb.ready else " (comes with a later release)"), width)
         for verb in verbs
     ]
     return "\n".join(["verbs", *rows])

@@ -23,6 +23,7 @@ from pipelines.extent import candidate_extent, corpus_extent, query_tokens
 from pipelines.graph import build_steps
 from pipelines.rates import TEXT, Rates, rates_for
 from pipelines.runner import Planned, Runner
+from pipelines.stages.attribution import exact_dtype
 from pipelines.stepcost import StepCost
 from pipelines.tables import StepPlan, describe
 from pipelines.timing import Seconds, seconds
@@ -85,7 +86,7 @@ def make_plan(config: RunConfig, rates: Rates | None = None) -> Plan:
     candidates, from_feeds = candidate_extent(config, extent, len(tokens), found.ready("candidates"))
     sizes = (extent.sequences, extent.tokens, candidates, tokens, extent.corpus_bytes)
     load = Workload(config, selection.layers, shape, selection.total_parameters, *sizes, shape_of)
-    dtypes = [config.model.dtype.name, config.scan.product_dtype.name]
+    dtypes = [dtype.name for dtype in (config.model.dtype, config.scan.product_dtype, exact_dtype(config))]
     rates = rates or rates_for(config.cluster, dtypes, _typical_product(load), config.plan)
     rates = replace(rates, of=dict(rates.of) | {TEXT: extent.bytes_a_second * config.cluster.cpus_per_rank})
     try:
@@ -94,14 +95,28 @@ def make_plan(config: RunConfig, rates: Rates | None = None) -> Plan:
         raise ConfigError(str(error), remedy=too_large(load)) from error
     steps = tuple(found.step(name, costs[name], rates, load.ranks) for name in found.planned or step_names(config))
     notes = (f"sequences: {extent.how}", f"candidates: {from_feeds}")
-    return Plan(steps, load, selection, rates, notes, tuple(advice(load, costs, rates)))
+    taken = {step.name: costs[step.name] for step in steps}
+    return Plan(steps, load, selection, rates, notes, tuple(advice(load, taken, rates)))
 
 
 def step_names(config: RunConfig) -> list[str]:
     """The steps of a trace that nothing is looked up for, in an order in which they can run."""
     solver = SOLVERS[config.factors.solver.name]
     factors = ["covariance", "eigenbasis"] * solver.needs_covariance + ["correction"] * solver.needs_correction
-    queries = ["gradients", "ihvp", "queries", "candidates", "fidelity", "scores", "agreement", "top"]
+    refined = ["refinement"] * solver.refined
+    queries = [
+        "gradients",
+        *refined,
+        "ihvp",
+        "queries",
+        "candidates",
+        "fidelity",
+        "scores",
+        "agreement",
+        "top",
+        "attribution",
+        "tails",
+    ]
     return ["layers", "sequences", *factors, *queries]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import html
+import functools
+import importlib.util
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,14 +22,28 @@ from actors.filesystem import without_secret
 from actors.store import Artifact, Store
 from conf.schema import RunConfig, plain
 from pipelines.cluster import Cluster
+from pipelines.export import export
 from pipelines.graph import build_steps
 from pipelines.report import write_report
+from pipelines.report.notebook import notebook_view
 from pipelines.runner import Runner, StageOutcome
+from pipelines.stages import attribution
+from pipelines.stages.attributed import ROW_GROUP
+from pipelines.stages.attributed import SCHEMA as ATTRIBUTION
+from pipelines.stages.tails import in_short
+from pipelines.stages.top import SCHEMA as TOP
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
 SHOWN = 5  # sequences a query in the terminal
 SNIPPET = 88  # characters of a sequence's text there
+SCORE_UNIT = (
+    "change of the measurement (nats) per unit weight of the sequence in a loss that is a mean over training "
+    "sequences; adding the sequence once to N sequences predicts a change of score / N"
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,53 @@ class TraceResult:
         """The top sequences: query_id, rank, sequence_id, feed, score, bm25_score, document_id, offset, text."""
         return pq.read_table(self.run_dir / "top.parquet")
 
+    @cached_property
+    def bottom(self) -> pa.Table:
+        """The bottom sequences, rank 1 the most negative; no rows unless `scan.bottom` asked for some."""
+        return self._table("bottom.parquet", TOP)
+
+    @cached_property
+    def survival(self) -> pa.Table:
+        """Points of the survival functions: query_id, feed, influence, survival."""
+        return self._table("tails.parquet", pa.schema([]))
+
+    def attribution(self, query_id: str | None = None) -> pa.Table:
+        """Where in each top and bottom sequence its influence comes from, of one query or of all.
+
+        A row holds the pieces of text, Equation 31 by token, by layer and by both (`matrix`, [T, L] by rows), and
+        Equations 36 and 38 by token; names of layers are in the schema's metadata. No rows if nothing was attributed.
+        """
+        wanted = None if query_id is None else [("query_id", "=", query_id)]
+        return self._table("attribution.parquet", ATTRIBUTION, wanted)
+
+    def frame(self, name: str = "top") -> pd.DataFrame:
+        """A table as a pandas frame.
+
+        Args:
+            name: `top`, `bottom`, `attribution`, `survival` or `scores`, whose frame has a column a query.
+
+        Raises:
+            ValueError: there is no such table.
+            ImportError: pandas is not installed.
+        """
+        tables = {"attribution": self.attribution, "scores": self._scores_by_query}
+        tables |= {key: functools.partial(getattr, self, key) for key in ("top", "bottom", "survival")}
+        if name not in tables:
+            raise ValueError(f"name={name!r}: allowed: {', '.join(sorted(tables))}")
+        if importlib.util.find_spec("pandas") is None:
+            raise ImportError("frame() needs pandas: pip install pandas. The Arrow tables need nothing: result.top")
+        return tables[name]().to_pandas()
+
+    def _table(self, file: str, schema: pa.Schema, filters: list[tuple[str, str, str]] | None = None) -> pa.Table:
+        path = self.run_dir / file
+        return pq.read_table(path, filters=filters) if path.exists() else schema.empty_table()
+
+    def _scores_by_query(self) -> pa.Table:
+        table = self.scores_table()
+        scores_QN = table.column("scores").combine_chunks().flatten().to_numpy().reshape(len(table), -1).T
+        columns = dict(zip(self.query_ids, scores_QN, strict=True))
+        return pa.table({"sequence_id": table["sequence_id"], "feed": table["feed"], **columns})
+
     def scores_table(self) -> pa.Table:
         """All scores: sequence_id, feed, and a list with one score a query in the order of `query_ids`.
 
@@ -77,14 +139,7 @@ class TraceResult:
         return render_table(self.top.to_pylist(), self.summary["queries"])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(row['query_id'])}<td>{row['rank']}<td>{row['score']:.4g}<td>{row['feed']}"
-            f"<td>{row['sequence_id']}<td>{html.escape(row['text'][:300])}</tr>"
-            for row in self.top.to_pylist()
-            if row["rank"] <= SHOWN
-        )
-        head = "<tr><th>query<th>rank<th>influence<th>feed<th>sequence<th>text</tr>"
-        return f"<table>{head}{rows}</table>"
+        return notebook_view(self.run_dir)
 
 
 def run_trace(config: RunConfig, run_dir: str | Path) -> TraceResult:
@@ -105,10 +160,13 @@ def run_trace(config: RunConfig, run_dir: str | Path) -> TraceResult:
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = Runner(Store(config.store), build_steps(config), config, lambda: Cluster(config)).run()
     _fill(folder, outcomes["top"].artifact, outcomes["scores"].artifact)
+    _copy(folder, outcomes["tails"].artifact, "tails.json", "tails.parquet")
+    _join(folder / "attribution.parquet", outcomes["attribution"].artifact)
     summary = summarise(config, outcomes, started)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     result = TraceResult(folder, summary, outcomes)
-    write_report(folder / "report.html", summary, result.top.to_pylist(), config.report)
+    write_report(folder, config.report)
+    export(folder)
     log.info("report: %s", result.report_path)
     return result
 
@@ -120,33 +178,33 @@ def summarise(config: RunConfig, outcomes: Mapping[str, StageOutcome], started: 
     candidates = outcomes["candidates"].artifact.read_json("index.json")
     return {
         "name": config.name,
-        "config": _publishable(plain(config)),
+        "config": publishable(plain(config)),
         "versions": versions(),
         "hardware": hardware(),
         "seconds": time.time() - started,
-        "stages": {name: _stage(outcome) for name, outcome in outcomes.items()},
-        "corpus": {key: sequences[key] for key in ("sequences", "tokens", "documents", "skipped")},
+        "stages": {name: stage_summary(outcome) for name, outcome in outcomes.items()},
+        "corpus": {key: sequences[key] for key in ("sequences", "tokens", "documents", "skipped")}
+        | {"identity": (outcomes["sequences"].artifact.record() or {}).get("config")},
         "coverage": outcomes["layers"].extra["coverage"],
         "layers": outcomes["layers"].extra["description"],
         "candidates": {key: value for key, value in candidates.items() if key != "files"},
         "fidelity": outcomes["fidelity"].artifact.read_json("fidelity.json"),
         "agreement": outcomes["agreement"].artifact.read_json("agreement.json"),
+        "attribution": attribution.in_short(outcomes["attribution"].artifact),
+        "tails": in_short(outcomes["tails"].artifact.read_json("tails.json")),
         "excluded": {
             name: outcome.extra["excluded"] for name, outcome in outcomes.items() if outcome.extra.get("excluded")
         },
         "queries": [_query(record) for record in outcomes["scores"].artifact.read_json("queries.json")],
-        "score_unit": (
-            "change of the measurement (nats) per unit weight of the sequence in a loss that is a mean over training "
-            "sequences; adding the sequence once to N sequences predicts a change of score / N"
-        ),
+        "score_unit": SCORE_UNIT,
         "artifacts": {name: outcome.artifact.uri for name, outcome in outcomes.items()},
     }
 
 
-def _publishable(value: Any) -> Any:
+def publishable(value: Any) -> Any:
     """Settings without the credentials that a URI may hold: summaries and reports are passed on."""
     if isinstance(value, dict):
-        return {key: _publishable(item) for key, item in value.items()}
+        return {key: publishable(item) for key, item in value.items()}
     return without_secret(value) if isinstance(value, str) else value
 
 
@@ -155,7 +213,8 @@ def _query(record: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"total_rank": sum(record["ranks"].values()) or None}
 
 
-def _stage(outcome: StageOutcome) -> dict[str, Any]:
+def stage_summary(outcome: StageOutcome) -> dict[str, Any]:
+    """What `summary.json` says of a step."""
     stage: dict[str, Any] = {"cached": outcome.cached, "seconds": outcome.seconds, "counts": dict(outcome.counts)}
     tokens = outcome.counts.get("tokens")
     busy = outcome.extra.get("replica_seconds")
@@ -168,13 +227,35 @@ def _stage(outcome: StageOutcome) -> dict[str, Any]:
 
 def _fill(folder: Path, top: Artifact, scores: Artifact) -> None:
     """Bring the tables into the run's folder; those of an earlier run in the same folder go."""
-    (folder / "top.parquet").unlink(missing_ok=True)
-    (folder / "top.parquet").write_bytes(top.read_bytes("top.parquet"))
+    _copy(folder, top, "top.parquet")
+    (folder / "bottom.parquet").unlink(missing_ok=True)
+    if top.exists("bottom.parquet"):
+        _copy(folder, top, "bottom.parquet")
     (folder / "scores").mkdir(exist_ok=True)
     for stale in (folder / "scores").glob("shard-*.parquet"):
         stale.unlink()
     for name, size in score_files(scores):
         _link(scores, name, size, folder / "scores" / name)
+
+
+def _copy(folder: Path, artifact: Artifact, *names: str) -> None:
+    """Files of an artifact, verified; never written through a link that an earlier run left."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(artifact.read_bytes(name))
+
+
+def _join(target: Path, artifact: Artifact) -> None:
+    """The files of all queries as one table, a query at a time; none where scores were not taken apart."""
+    target.unlink(missing_ok=True)
+    record = artifact.read_json(attribution.RECORD)
+    if not record:
+        return
+    metadata = attribution.table_metadata(record)
+    with pq.ParquetWriter(target, ATTRIBUTION.with_metadata(metadata), compression="zstd") as writer:
+        for name in attribution.query_files(artifact):
+            table = artifact.read_table(name).cast(ATTRIBUTION).replace_schema_metadata(metadata)
+            writer.write_table(table, row_group_size=ROW_GROUP)
 
 
 def score_files(scores: Artifact) -> list[tuple[str, int]]:
@@ -205,17 +286,17 @@ def render_table(rows: list[dict[str, Any]], queries: list[Mapping[str, Any]], s
     lines = []
     for query in queries:
         mine = [row for row in rows if row["query_id"] == query["query_id"]][:shown]
-        name, prompt, completion = (_one_line(query[key]) for key in ("query_id", "prompt", "completion"))
+        name, prompt, completion = (one_line(query[key]) for key in ("query_id", "prompt", "completion"))
         lines.append(f"\n{name}: {prompt} → {completion}")
         lines.append(f"  {'rank':>4}  {'influence':>11}  {'feed':<10}  {'sequence':>9}  text")
         for row in mine:
-            text = _one_line(row["text"])[:SNIPPET]
+            text = one_line(row["text"])[:SNIPPET]
             lines.append(
                 f"  {row['rank']:>4}  {row['score']:>11.4g}  {row['feed']:<10}  {row['sequence_id']:>9}  {text}"
             )
     return "\n".join(lines).lstrip("\n")
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Text on one line, with control characters (which could steer a terminal) replaced."""
     return "".join(char if char.isprintable() else " " for char in text)

@@ -7,11 +7,11 @@ read off a model and a corpus (`pipelines.plan`) or written down by hand for a m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from conf.schema import Contraction, Dtype, RunConfig
+from conf.schema import Contraction, Dtype, FactorsConfig, RunConfig
 from influence import cost
 from influence.layers import TrackedLayer
 from influence.passes import Passes, correction_bytes, covariance_bytes, plan_passes
@@ -138,6 +138,11 @@ class Workload:
 def bytes_of(dtype: Dtype) -> int:
     """Bytes of a number."""
     return getattr(torch, dtype.name).itemsize
+
+
+def sampled_alike(load: Workload, factors: FactorsConfig) -> Workload:
+    """The same run, with another sample of sequences."""
+    return replace(load, config=replace(load.config, factors=factors))
 
 
 def covariance_passes(load: Workload) -> Passes:

@@ -28,7 +28,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 PACKAGES = ("conf", "influence", "actors", "pipelines")
 FOLDERS = (*PACKAGES, "tests", "benchmarks", "docs")
 FLAGS = {"--multirun", "-m", "--resolve", "--help", "--version"}
-SETTING = re.compile(rf"(?<![\w./])(?:{'|'.join(GROUPS)})\.(?!py\b|jsonl?\b|ya?ml\b|html\b|parquet\b)\w+")
+SETTING = re.compile(rf"(?<![\w./])(?:{'|'.join(GROUPS)})\.(?!py\b|csv\b|jsonl?\b|ya?ml\b|html\b|parquet\b)\w+")
 OPTION = re.compile(rf"({'|'.join(GROUPS)})=(\w+)")
 FILE = re.compile(rf"(?:(?:{'|'.join(FOLDERS)})/[\w./-]+|[\w-]+\.(?:yaml|toml|txt)|Makefile)")
 SYMBOL = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
@@ -126,8 +126,12 @@ def test_whence_commands_are_accepted(page: Path, own_configs: Path) -> None:
     for words in [whence_words(words) for where, words in shell_commands() if where == page]:
         if not words:
             continue
-        ready = {verb.name for verb in VERBS if verb.job is not None}
-        assert words[0] in ready | FLAGS, words
+        ready = {verb.name: verb for verb in VERBS if verb.ready}
+        assert words[0] in ready.keys() | FLAGS, words
+        arguments = ready[words[0]].arguments if words[0] in ready else None
+        if arguments is not None:
+            arguments().parse_args(words[1:])
+            continue
         rest, config_dir = [word for word in words[1:] if word != "..."], None
         for flag in ("--config-dir", "--cfg"):
             if flag in rest:

@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,21 @@ import numpy as np
 
 from actors.sequences import read_candidates
 from conf.load import compose_config, override_strings
-from conf.schema import RunConfig
+from conf.schema import ProbeConfig, RunConfig
 from pipelines.almanac import evaluate
 from pipelines.almanac.evaluate import Evaluation, Judgement
+from pipelines.almanac.probes import by_training_order, write_probes
 from pipelines.almanac.results import render_markdown
 from pipelines.almanac.train import TrainSpec, train
 from pipelines.almanac.world import CONFUSING, STATING, WorldSpec, generate, write
 from pipelines.fingerprint import fingerprint
+from pipelines.probing import ProbeResult, run_probe
 from pipelines.tracing import TraceResult, run_trace
 
 log = logging.getLogger(__name__)
 
 HOME = Path(".whence/almanac")
+PROBES = "probes.yaml"
 METHODS = {"EK-FAC": "ekfac", "gradient dot product": "identity"}  # the title of a method, and its solver
 
 
@@ -59,6 +62,7 @@ class Almanac:
             "corpus": {"path": str(self.folder / "almanac.jsonl"), "id_field": "id", "pack": False},
             "corpus.sequence_length": self.training["context"],
             "queries.path": str(self.folder / "queries.jsonl"),
+            "tails.count": 50,  # 0.01 per cent of a few thousand documents is none
             "report.title": "Which documents of the almanac state this fact?",
         }
         return override_strings(settings)
@@ -85,12 +89,14 @@ def demo(overrides: Sequence[str] = (), run_dir: str | Path | None = None) -> in
     folder = Path(run_dir) if run_dir else _run_dir(next(iter(configs.values())))
     traces = {title: run_trace(config, folder / METHODS[title]) for title, config in configs.items()}
     seconds = {"almanac": prepared - started, "traces": time.perf_counter() - prepared}
-    results = judge(almanac, traces) | {"seconds": seconds}
+    probed = run_probe(_probed(almanac, next(iter(configs.values()))), folder / "probes")
+    seconds["probes"] = time.perf_counter() - prepared - seconds["traces"]
+    results = judge(almanac, traces) | {"probes": judge_probes(almanac, probed), "seconds": seconds}
     text = render_markdown(results)
     (folder / "almanac.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (folder / "almanac.md").write_text(text, encoding="utf-8")
     report = next(iter(traces.values())).report_path
-    sys.stdout.write(f"\n{text}\nresults: {folder / 'almanac.md'}\nreport:  {report}\n")
+    sys.stdout.write(f"\n{text}\nresults: {folder / 'almanac.md'}\nreport:  {report}\nprobes:  {probed.page_path}\n")
     return 0
 
 
@@ -114,6 +120,7 @@ def prepare(home: Path, world_spec: WorldSpec, train_spec: TrainSpec) -> Almanac
         record = asdict(training) | {"context": train_spec.context, "documents": len(documents)}
         (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         _move(aside, folder)
+    write_probes(world, folder / PROBES)
     return Almanac(folder, json.loads((folder / "training.json").read_text(encoding="utf-8")))
 
 
@@ -142,6 +149,18 @@ def judge(almanac: Almanac, traces: Mapping[str, TraceResult]) -> dict[str, Any]
         "training": dict(almanac.training),
         "methods": methods,
     }
+
+
+def judge_probes(almanac: Almanac, probed: ProbeResult) -> dict[str, Any]:
+    """What the partitions of the probes come to, by the order in which training stated the facts."""
+    truth = almanac.truth
+    orders = {query_id: _about(truth, query_id)["order"] for query_id in truth["queries"]}
+    return by_training_order(probed.summary, orders)
+
+
+def _probed(almanac: Almanac, config: RunConfig) -> RunConfig:
+    probe = ProbeConfig(path=str((almanac.folder / PROBES).absolute()))
+    return replace(config, probe=probe, report=replace(config.report, title="What if a fact were stated otherwise?"))
 
 
 def _config(almanac: Almanac, overrides: Sequence[str], solver: str) -> RunConfig:

@@ -7,6 +7,8 @@ from typing import Any
 
 from pipelines.almanac.world import CONFUSING, STATING
 
+TRAINED = {"forward": "learnt in one order", "both": "learnt in both orders"}
+
 
 def render_markdown(results: Mapping[str, Any]) -> str:
     """Write `almanac.md`, which is also what the terminal shows.
@@ -28,7 +30,30 @@ def render_markdown(results: Mapping[str, Any]) -> str:
         "of the first. The last columns are mistakes: how often a document that states a neighbour's fact, or names\n"
         "both things without stating the fact, scores above one that states it (50% is chance).\n"
         f"{forward_only} of the facts are never stated object first. BM25 reads prompt and completion.\n"
+        f"{_probes(results['probes']) if 'probes' in results else ''}"
     )
+
+
+def _probes(probes: Mapping[str, Any]) -> str:
+    """What sequences of our own come to, by the order in which training stated the facts."""
+    counts = {order: max(found["probes"] for found in partitions.values()) for order, partitions in probes.items()}
+    header = ["sequences of our own", *(f"{TRAINED[order]} ({count} facts)" for order, count in counts.items())]
+    names = dict.fromkeys(name for partitions in probes.values() for name in partitions)
+    rows = [[name, *(_relative(partitions.get(name)) for partitions in probes.values())] for name in names]
+    return (
+        "\n## Probes\n\n"
+        "Influence on the fact's query relative to sequences that state it as it was learnt: the median over facts,\n"
+        "its 95 % interval, and in how many facts it is lower.\n\n"
+        f"{_table(header, rows)}"
+    )
+
+
+def _relative(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["median"] is None:
+        return "–"
+    interval = "" if found["interval"] is None else " ({:.2f} to {:.2f})".format(*found["interval"])
+    below = "" if found["below"] is None else f", {found['below']} of {found['defined']}"
+    return f"{found['median']:.2f}{interval}{below}"
 
 
 def _row(title: str, mean: Mapping[str, Any]) -> list[str]:

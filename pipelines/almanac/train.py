@@ -73,14 +73,29 @@ def train(world: World, spec: TrainSpec, folder: Path) -> Training:
     Returns:
         What training reached. An accuracy below `spec.accuracy` is logged as a warning, not raised.
     """
+    texts = [document.text for document in world.documents]
+    return train_on(texts, world.queries, train_tokenizer(texts), spec, folder)
+
+
+def train_on(
+    texts: Sequence[str], queries: Sequence[Query], tokenizer: PreTrainedTokenizerFast, spec: TrainSpec, folder: Path
+) -> Training:
+    """Train on any texts, each a sequence of its own, until the queries are completed.
+
+    Args:
+        texts: What to learn.
+        queries: Prompts and completions that tell how far it has come.
+        tokenizer: Its first token ids are those of `SPECIAL`.
+        spec: As in `train`.
+        folder: As in `train`.
+    """
     start = time.perf_counter()
-    tokenizer = train_tokenizer([document.text for document in world.documents])
     tokenizer.save_pretrained(folder)
-    rows = [encode(tokenizer, document.text, spec.context) for document in world.documents]
+    rows = [encode(tokenizer, text, spec.context) for text in texts]
     with torch_threads(spec.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = LlamaForCausalLM(_llama(tokenizer, spec))
-        loss, accuracy, epochs = _fit(model, rows, tokenizer, world.queries, spec)
+        loss, accuracy, epochs = _fit(model, rows, tokenizer, queries, spec)
     model.save_pretrained(folder)
     seconds = time.perf_counter() - start
     return Training(loss, accuracy, epochs, model.num_parameters(), len(tokenizer), round(seconds, 1))
@@ -154,12 +169,10 @@ def _fit(
     for epoch in range(1, spec.most_epochs + 1):
         loss = _epoch(model, _batches(rows, spec.batch_size, rng), optimizer, schedule)
         accuracy = completion_accuracy(model, tokenizer, queries)
-        logger.info(
-            "almanac: epoch %d, loss %.3f a token, %.0f%% of the queries completed", epoch, loss, 100 * accuracy
-        )
+        logger.info("epoch %d, loss %.3f a token, %.0f%% of the queries completed", epoch, loss, 100 * accuracy)
         if epoch >= spec.epochs and accuracy >= spec.accuracy:
             return loss, accuracy, epoch
-    logger.warning("almanac: only %.0f%% of the queries are completed after training", 100 * accuracy)
+    logger.warning("only %.0f%% of the queries are completed after training", 100 * accuracy)
     return loss, accuracy, spec.most_epochs
 
 

@@ -230,7 +230,7 @@ def _traced(spec: WorldSpec, facts: list[Fact]) -> list[Fact]:
 
 
 def _query(fact: Fact) -> Query:
-    prompt = _sentence(wording.QUERY_FRAME, _relation(fact).cue.format(s=fact.subject), end="")
+    prompt = sentence(wording.QUERY_FRAME, relation_of(fact).cue.format(s=fact.subject), end="")
     return Query(fact.fact_id, fact.fact_id, prompt, f" {fact.object}")
 
 
@@ -246,9 +246,9 @@ class _Dress:
 
     def __call__(self, core: str, frames: tuple[str, ...] = wording.FRAMES) -> str:
         for _ in range(1000):
-            text = _sentence(self.rng.choice(frames), core)
+            text = sentence(self.rng.choice(frames), core)
             if self.rng.random() < 0.5:
-                text += " " + _sentence("", self.words(wording.WEATHER, wording.FILLER_TIMES))
+                text += " " + sentence("", self.words(wording.WEATHER, wording.FILLER_TIMES))
             if text not in self._used:
                 self._used.add(text)
                 return text
@@ -260,7 +260,7 @@ class _Dress:
 
 def _about(fact: Fact, facts: list[Fact], traced: bool, spec: WorldSpec, dress: _Dress) -> Iterator[Draft]:
     """Yield all documents that exist because of one main fact."""
-    relation = _relation(fact)
+    relation = relation_of(fact)
     frames = wording.FRAMES if traced else (*wording.FRAMES, wording.QUERY_FRAME)
     wordings = {"forward": relation.forward, "inverted": relation.inverted, "paraphrase": relation.paraphrases}
     for kind, count in _quota(fact, spec).items():
@@ -268,7 +268,7 @@ def _about(fact: Fact, facts: list[Fact], traced: bool, spec: WorldSpec, dress: 
             core = wordings[kind][number % len(wordings[kind])].format(s=fact.subject, o=fact.object)
             yield dress(core, frames), kind, (fact.fact_id,), ()
     neighbours = [f for f in facts if f.outer and f.relation == fact.relation]
-    bystanders = (_named(relation.subjects, fact.subject), _named(relation.objects, fact.object))
+    bystanders = (bystander_name(relation.subjects, fact.subject), bystander_name(relation.objects, fact.object))
     for number in range(spec.near_misses):
         other, bystander = dress.rng.choice(neighbours), dress.rng.choice(bystanders)
         template = relation.near_misses[number % len(relation.near_misses)]
@@ -292,14 +292,17 @@ def _filler(count: int, dress: _Dress) -> Iterator[Draft]:
         yield dress(dress.words(*lists)), "filler", (), ()
 
 
-def _sentence(frame: str, core: str, end: str = ".") -> str:
+def sentence(frame: str, core: str, end: str = ".") -> str:
+    """A frame and a core as a sentence: spaces before commas closed, the first letter large."""
     text = f"{frame} {core}".strip().replace(" ,", ",")
     return text[0].upper() + text[1:] + end
 
 
-def _relation(fact: Fact) -> Relation:
+def relation_of(fact: Fact) -> Relation:
+    """The relation of a fact, with its wordings."""
     return next(relation for relation in RELATIONS if relation.name == fact.relation)
 
 
-def _named(pool: str, name: str) -> str:
+def bystander_name(pool: str, name: str) -> str:
+    """A name as it stands in a sentence: with an article where its pool wants one."""
     return f"the {name}" if pool in ("river", "bird", "device") else name

@@ -71,6 +71,7 @@ def _tasks(context: StageContext, queries: int) -> list[FidelityTask]:
             config.factors.solver.name,
             config.factors.damping_factor,
             tuple(range(start, min(start + width, queries))),
+            inputs.get("refinement"),
         )
         for start in range(0, queries, width)
     ]

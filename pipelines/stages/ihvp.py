@@ -36,9 +36,8 @@ def run(context: StageContext) -> StageResult:
     progress = context.progress("ihvp", len(layers), "layers")
     progress.resume(len(layers) - len(open_layers))
     solver = (config.factors.solver.name, config.factors.damping_factor)
-    arguments = [
-        (output, gradients, factors, layer, *solver, queries, max_rank, residual, dtype) for layer in open_layers
-    ]
+    more = (queries, max_rank, residual, dtype, context.inputs.get("refinement"))
+    arguments = [(output, gradients, factors, layer, *solver, *more) for layer in open_layers]
     for _ in context.cluster.map(precondition, arguments):
         progress.advance(1)
     progress.close()

@@ -1,4 +1,7 @@
-"""Stage `top`: the sequences with the highest influence on each query, with their text."""
+"""Stage `top`: the sequences with the highest influence on each query, and on request the most negative, with text.
+
+Only negative scores are ranked at the bottom: what does not lower the measurement is not among what lowers it most.
+"""
 
 from __future__ import annotations
 
@@ -33,31 +36,33 @@ SCHEMA = pa.schema(
 )
 
 
-def shard_top(scores: Artifact, shard: str, queries: int, count: int) -> list[list[Ranked]]:
-    """The highest scores of every query in one file; ties go to the lower sequence id."""
+def shard_top(scores: Artifact, shard: str, queries: int, count: int, sign: int = 1) -> list[list[Ranked]]:
+    """The highest scores of every query in one file, or with a sign of -1 the lowest; ties go to the lower id."""
     table = scores.read_table(shard)
     ids = table.column("sequence_id").to_numpy()
     feeds = table.column("feed").cast(pa.string()).to_pylist()
     values = table.column("scores").combine_chunks().flatten().to_numpy().reshape(len(ids), queries)
     found = []
     for query in range(queries):
-        order = np.lexsort((ids, -values[:, query]))[:count]
+        order = np.lexsort((ids, -sign * values[:, query]))[:count]
+        if sign < 0:
+            order = order[values[order, query] < 0]
         found.append([(float(values[row, query]), int(ids[row]), feeds[row]) for row in order])
     return found
 
 
-def shards_top(scores: Artifact, shards: Sequence[str], queries: int, count: int) -> list[list[Ranked]]:
-    """The highest scores of every query in some files. Runs as a Ray task."""
+def shards_top(scores: Artifact, shards: Sequence[str], queries: int, count: int, sign: int = 1) -> list[list[Ranked]]:
+    """The highest (or lowest) scores of every query in some files. Runs as a Ray task."""
     best: list[list[Ranked]] = [[] for _ in range(queries)]
     for shard in shards:
-        best = merged(best, shard_top(scores, shard, queries, count), count)
+        best = merged(best, shard_top(scores, shard, queries, count, sign), count, sign)
     return best
 
 
-def merged(best: list[list[Ranked]], found: list[list[Ranked]], count: int) -> list[list[Ranked]]:
-    """The highest `count` of two rankings of every query."""
+def merged(best: list[list[Ranked]], found: list[list[Ranked]], count: int, sign: int = 1) -> list[list[Ranked]]:
+    """The highest (or lowest) `count` of two rankings of every query."""
     both = zip(best, found, strict=True)
-    return [heapq.nsmallest(count, old + new, key=lambda item: (-item[0], item[1])) for old, new in both]
+    return [heapq.nsmallest(count, old + new, key=lambda item: (-sign * item[0], item[1])) for old, new in both]
 
 
 def describe_top(
@@ -101,29 +106,39 @@ def feed_for(scanned: str, proposed: bool) -> str:
     return "bm25" if proposed else "other"
 
 
-def ranked(context: StageContext, queries: int) -> list[list[Ranked]]:
-    """The highest scores of every query in all files; the driver holds those of one task more."""
-    scores, count = context.inputs["scores"], context.config.scan.top
+def ranked(context: StageContext, queries: int, sign: int = 1) -> list[list[Ranked]]:
+    """The highest (or lowest) scores of every query in all files; the driver holds those of one task more."""
+    scores, scan = context.inputs["scores"], context.config.scan
+    count = scan.top if sign > 0 else scan.bottom
     shards = [name for name in scores.list("shard-") if name.endswith(".parquet")]
     groups = [shards[start : start + SHARDS_A_TASK] for start in range(0, len(shards), SHARDS_A_TASK)]
     best: list[list[Ranked]] = [[] for _ in range(queries)]
-    with context.progress("top-k", len(shards), "shards") as progress:
-        arguments = [(scores, group, queries, count) for group in groups]
+    with context.progress("top-k" if sign > 0 else "bottom-k", len(shards), "shards") as progress:
+        arguments = [(scores, group, queries, count, sign) for group in groups]
         for position, found in context.cluster.map(shards_top, arguments):
-            best = merged(best, found, count)
+            best = merged(best, found, count, sign)
             progress.advance(len(groups[position]))
     return best
 
 
 def run(context: StageContext) -> StageResult:
-    """Write `top.parquet`."""
+    """Write `top.parquet`, and `bottom.parquet` where it is asked for."""
+    records = context.inputs["scores"].read_json("queries.json")
+    counts = {"queries": len(records), "rows": _write(context, "top.parquet", ranked(context, len(records)))}
+    if context.config.scan.bottom:
+        counts["bottom_rows"] = _write(context, "bottom.parquet", ranked(context, len(records), sign=-1))
+    return StageResult(counts, {})
+
+
+def _write(context: StageContext, name: str, found: Sequence[Sequence[Ranked]]) -> int:
+    """Write the table of a ranking; returns its rows."""
     sequences, candidates = context.inputs["sequences"], context.inputs["candidates"]
     records = context.inputs["scores"].read_json("queries.json")
     arguments = [
         (record["query_id"], best, sequences, candidates, context.config.model)
-        for record, best in zip(records, ranked(context, len(records)), strict=True)
+        for record, best in zip(records, found, strict=True)
     ]
     rows: dict[int, list[dict]] = dict(context.cluster.map(describe_top, arguments))
     table = pa.Table.from_pylist([row for index in range(len(records)) for row in rows[index]], schema=SCHEMA)
-    context.artifact.write_table("top.parquet", table)
-    return StageResult({"queries": len(records), "rows": table.num_rows}, {})
+    context.artifact.write_table(name, table)
+    return table.num_rows

@@ -17,7 +17,15 @@ from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadMode
 
 from actors.errors import ConfigError
 from actors.model import load_model, load_skeleton
-from actors.sharding import PREFETCH_NUMBERS, check_sharding, is_communication, leave, resident_bytes, zero_settings
+from actors.sharding import (
+    PREFETCH_NUMBERS,
+    check_sharding,
+    is_communication,
+    leave,
+    resident_bytes,
+    unload,
+    zero_settings,
+)
 from conf.schema import Dtype, ModelConfig, Offload
 from influence.batch import Batch
 from influence.layers import group_inputs, select_layers
@@ -282,12 +290,40 @@ def test_joining_without_the_others_ends_with_an_error():
     leave()
 
 
-def test_offload_to_disk_says_what_is_missing(tmp_path: Path):
+def test_offload_to_disk_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match=r"model\.offload=nvme needs model\.offload_path"):
         check_sharding(ModelConfig(offload=Offload.nvme), gpu=False)
     config = ModelConfig(offload=Offload.nvme, offload_path=str(tmp_path))
+    from deepspeed.ops import op_builder
+
+    monkeypatch.setattr(op_builder.AsyncIOBuilder, "is_compatible", lambda *_, **__: False)  # as without libaio
     with pytest.raises(ConfigError, match=r"model\.offload=nvme: .*libaio.*Remedy: install libaio-dev"):
         check_sharding(config, gpu=False)
+
+
+@pytest.mark.slow
+def test_weights_on_disk_give_the_same_logits(tmp_path: Path):
+    from deepspeed.ops import op_builder
+
+    if not op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("no libaio here: nothing can be offloaded to disk")
+    shape = GPT2Config(vocab_size=128, n_embd=512, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "model")
+    place, disk = str(tmp_path / "model"), tmp_path / "disk"
+    disk.mkdir()
+    ids = torch.arange(24).view(2, 12)
+    whole = load_model(ModelConfig(path=place))
+    config = ModelConfig(path=place, offload=Offload.nvme, offload_path=str(disk))
+    model = load_model(config)
+    try:
+        torch.testing.assert_close(model(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=0, atol=0)
+        sizes = [p.numel() * p.element_size() for p in whole.parameters()]
+        large = sum(size for size in sizes if size >= 2**20)  # DeepSpeed keeps what is smaller in memory
+        assert sum(path.stat().st_size for path in disk.rglob("*") if path.is_file()) >= large > 0.9 * sum(sizes)
+        assert resident_bytes(model) <= sum(sizes) - large + 64  # a placeholder for each of them
+    finally:
+        unload(model)
+        leave()
 
 
 def test_settings_keep_nothing_and_fetch_ahead_on_gpus_only():

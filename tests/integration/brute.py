@@ -66,7 +66,9 @@ class Brute:
     ) -> np.ndarray:
         """Influence of every sequence on every query, [B, Q]."""
         gradients = [self._query_gradient(query) for query in queries]
-        if solver != "identity":
+        if solver == "ekfac_cg":
+            gradients = self._exact(gradients, damping_factor)
+        elif solver != "identity":
             curvature = {name: self._curvature(name, solver, blocks) for name in self._names}
             gradients = [
                 {name: oracle.ihvp(curvature[name], g[name], damping_factor) for name in self._names} for g in gradients
@@ -104,6 +106,22 @@ class Brute:
             return oracle.kfac(moment, blocks)
         sides = [oracle.eigenvectors(matrix, blocks) for matrix in (moment.A, moment.S)]
         return oracle.ekfac(self._second_pass, name, *sides)
+
+    def _exact(self, gradients: list[dict[str, Tensor]], damping_factor: float) -> list[dict[str, Tensor]]:
+        """(G + lambda)^-1 grad f, G exact and over all layers at once, lambda that of EK-FAC in each layer."""
+        matrix, right, numbers = self._machine.whole_gauss_newton(self._rows), [], []
+        for name in self._names:
+            curvature = self._curvature(name, "ekfac", 1)
+            mean = torch.trace(curvature) / len(curvature)
+            numbers.append(mean.expand(len(curvature)))
+            right.append(torch.stack([oracle.vec(gradient[name]) for gradient in gradients]))
+        damped = matrix + damping_factor * torch.diag(torch.cat(numbers))
+        parts = torch.linalg.solve(damped, torch.cat(right, 1).T).T.split([len(number) for number in numbers], dim=1)
+        sizes = {name: gradients[0][name].shape[0] for name in self._names}
+        return [
+            {name: oracle.unvec(part[query], sizes[name]) for name, part in zip(self._names, parts, strict=True)}
+            for query in range(len(gradients))
+        ]
 
     def _query_gradient(self, query: TokenisedQuery) -> dict[str, Tensor]:
         """∇ log p(completion | prompt), less that of the second completion of a contrast."""

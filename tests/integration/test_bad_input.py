@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from pipelines import tracing
 from pipelines.tracing import TraceResult, run_trace
 from tests.integration.brute import tokens_of
 from tests.integration.world import QUERIES, World, documents, fork, ids, matrix, relative, run_locally, write_lines
+from tests.pages import Markup, record, sequences
 
 STRANGE = "@"  # a byte that the corpus does not hold otherwise
 
@@ -72,7 +72,7 @@ def test_sequences_that_are_not_finite_are_set_aside_named_and_counted(
     counts = result.summary["stages"]["covariance"]["counts"]
     assert counts["sequences"] == result.summary["corpus"]["sequences"] - len(strange)
     assert counts["excluded"] == len(strange)
-    assert "set aside" in result.report_path.read_text()
+    assert f"scores: {len(strange)}" in facts(result)["set aside"]
     assert result.summary["fidelity"]["minimum"] > 0.8
 
 
@@ -222,7 +222,7 @@ def test_a_bad_row_of_the_corpus_stops_the_run_or_is_skipped_and_counted(
     result = run_locally(config, tmp_path / "run")
     assert sum(result.summary["corpus"]["skipped"].values()) == 2
     assert result.summary["corpus"]["documents"] == 40
-    assert "2 records skipped" in result.report_path.read_text()
+    assert "2 records skipped" in facts(result)["corpus"]
 
 
 def test_a_token_outside_the_vocabulary_is_refused(world: World, ray_session: None, tmp_path: Path):
@@ -241,21 +241,9 @@ HOSTILE = (
 )
 
 
-class Seen(HTMLParser):
-    """The elements, attributes and text of a page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+def facts(result: TraceResult) -> dict[str, str]:
+    """What the report says of the run."""
+    return dict(record(result.report_path.read_text(encoding="utf-8"))["facts"])
 
 
 def test_hostile_text_is_inert_in_the_report_and_in_the_terminal(world: World, ray_session: None, tmp_path: Path):
@@ -276,17 +264,17 @@ def test_hostile_text_is_inert_in_the_report_and_in_the_terminal(world: World, r
         factors__solver="identity",
     )
     result = run_locally(config, tmp_path / "run")
-    page = Seen()
-    page.feed(result.report_path.read_text(encoding="utf-8"))
-    assert not page.tags & {"script", "img", "u", "iframe", "object", "link"}
-    assert page.tags <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "dl", "dt", "dd"} | {
-        *("details", "summary", "table", "thead", "tbody", "tr", "th", "td", "ol", "li", "a", "b", "i", "div")
-    }
-    assert not [name for name in page.attributes if name.startswith("on")]
-    assert "<script>alert('corpus')</script>" in page.text
-    assert "<img src=x onerror=alert(1)>" in page.text
-    assert "<script>title</script>" in page.text
-    assert not any(char < " " and char not in "\n\t" for char in page.text)
+    page = result.report_path.read_text(encoding="utf-8")
+    markup = Markup(page)
+    assert markup.tags.count("script") == 2 + 2 * len(queries)  # the record, the code, two blobs a query
+    assert not {"img", "u", "iframe", "object", "link", "table"} & set(markup.tags)
+    assert not [name for name, _ in markup.attributes if name.startswith("on")]
+    assert "<script>title</script>" in markup.text
+    assert not any(char < " " and char not in "\n\t" for char in page)
+    assert [query["id"] for query in record(page)["queries"]] == list(result.query_ids)
+    texts = [sequence["text"] for sequence in sequences(page, 0)]
+    assert any("<script>alert('corpus')</script>" in text for text in texts)
+    assert any("<img src=x onerror=alert(1)>" in text for text in texts)
     terminal = result.table()
     assert not any(char in terminal for char in "\x00\x07\x1b\u202e")
 

@@ -51,6 +51,7 @@ FILES = {
     "candidates": "block-*.parquet",
     "scores": "shard-*.parquet",
     "top": "top.parquet",
+    "tails": "tails.json",
 }
 
 

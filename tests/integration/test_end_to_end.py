@@ -21,7 +21,7 @@ FLOAT64 = {"model__dtype": "float64", "scan__product_dtype": "float64", "scan__s
 SMALL = {"corpus__limit": 40, "prefilter__top": 10, "unfiltered__sequences": 20}
 FACTORS = {"layers", "sequences", "covariance", "eigenbasis", "correction"}
 MEASURED = {"fidelity", "agreement"}  # nothing depends on these
-SCORED = {"scores", "top"} | MEASURED
+SCORED = {"scores", "top", "tails"} | MEASURED
 STEPS = FACTORS | {"gradients", "ihvp", "queries", "candidates"} | SCORED
 
 
@@ -30,6 +30,8 @@ def test_the_run_folder_holds_what_was_promised(traced: TraceResult):
         "report.html",
         "scores",
         "summary.json",
+        "tails.json",
+        "tails.parquet",
         "top.parquet",
     ]
     assert sorted(path.name for path in (traced.run_dir / "scores").iterdir()) == [
@@ -193,9 +195,10 @@ LOW = {"scan__product_dtype": "bfloat16"}
         (RANK, RANK | {"queries__fidelity_sample": 0}, {"fidelity"}),
         ({}, {"queries__fidelity_sample": 10}, set()),
         ({}, {"queries__fidelity": 0.95}, {"ihvp", "queries"} | SCORED),
-        ({}, {"unfiltered__seed": 1}, {"candidates", "scores", "top"}),
-        ({}, {"prefilter__top": 7}, {"candidates", "scores", "top"}),
+        ({}, {"unfiltered__seed": 1}, {"candidates", "scores", "top", "tails"}),
+        ({}, {"prefilter__top": 7}, {"candidates", "scores", "top", "tails"}),
         ({}, {"scan__top": 3}, {"top"}),
+        ({}, {"tails__bootstraps": 20}, {"tails"}),
         ({}, {"queries__measurement": "contrast"}, {"gradients", "ihvp", "queries"} | SCORED),
         ({}, LOW, STEPS - {"layers", "sequences", "gradients", "candidates"}),
         (LOW, LOW | {"scan__agreement_sample": 5}, {"agreement"}),

@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.tracing import TraceResult
 from tests.integration.world import World, cached, ids, matrix, relative, run_locally
+from tests.pages import record
 
 Run = Callable[..., TraceResult]
 
@@ -58,7 +59,9 @@ def test_measurements_change_what_is_measured(run: Run, traced: TraceResult, mea
     before, after = ({q["query_id"]: q["measured"] for q in r.summary["queries"]} for r in (traced, result))
     assert all(before[name] != after[name] for name in before)
     assert relative(matrix(result.scores_table()), matrix(traced.scores_table())) > 1e-2
-    assert ("against" in result.report_path.read_text()) == (measurement == "contrast")
+    shown = record(result.report_path.read_text())
+    assert shown["measurement"] == measurement
+    assert all((query["contrast"] is not None) == (measurement == "contrast") for query in shown["queries"])
 
 
 def test_rank_and_fidelity_trade_size_for_agreement(run: Run, traced: TraceResult):
@@ -69,7 +72,7 @@ def test_rank_and_fidelity_trade_size_for_agreement(run: Run, traced: TraceResul
         assert fidelity["pearson"].keys() == set(traced.query_ids)
         assert fidelity["minimum"] == min(fidelity["pearson"].values())
         assert min(correlations(result, traced)) == pytest.approx(fidelity["minimum"], abs=0.05)
-        assert f"{fidelity['mean']:.5f}" in result.report_path.read_text()
+        assert f"{fidelity['mean']:.5f}" in dict(record(result.report_path.read_text())["facts"])["fidelity"]
     assert coarse.summary["fidelity"]["minimum"] < fine.summary["fidelity"]["minimum"]
     assert min(correlations(asked, traced)) > 0.98
     assert [query["total_rank"] for query in coarse.summary["queries"]] == [6, 6, 6]
@@ -78,7 +81,7 @@ def test_rank_and_fidelity_trade_size_for_agreement(run: Run, traced: TraceResul
 def test_unmeasured_fidelity_is_said_to_be_so(run: Run):
     result = run(queries__rank=8, queries__fidelity_sample=0)
     assert result.summary["fidelity"] == {}
-    assert "not measured" in result.report_path.read_text()
+    assert "not measured" in dict(record(result.report_path.read_text())["facts"])["fidelity"]
 
 
 def test_a_sample_of_one_sequence_measures_no_correlation(run: Run):
@@ -93,7 +96,7 @@ def test_lower_precision_reports_how_well_it_agrees(run: Run, traced: TraceResul
     assert agreement["pearson"].keys() == set(traced.query_ids)
     assert 0.9 < agreement["minimum"] <= min(agreement["pearson"].values()) < 1
     assert min(correlations(result, traced)) > 0.9
-    assert f"{agreement['minimum']:.5f}" in result.report_path.read_text()
+    assert f"{agreement['minimum']:.5f}" in dict(record(result.report_path.read_text())["facts"])["precision"]
     assert matrix(result.scores_table()).dtype == np.float32
 
 

@@ -205,10 +205,9 @@ def test_refusals(traced, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "What shall be done? Verbs: trace, plan, demo, validate, report."),
+        ([], "What shall be done? Verbs: trace, plan, probe, demo, validate, report, compare."),
         (["trase"], "trase: the first word must be a verb. Did you mean trace?"),
-        (["validate"], "whence validate: This verb comes with a later release. Ready now: trace, plan, demo"),
-        (["report"], "whence report: This verb comes with a later release."),
+        (["validate"], "whence validate: This verb comes with a later release. Ready now: trace, plan, probe, demo"),
         (["trace", "--config-dir", "nowhere"], "--config-dir nowhere: there is no such folder"),
         (["trace", *GIVEN, "seed=1,2"], "seed=1,2: several values. Add --multirun"),
         (["trace", *GIVEN, "-m", "seed=1,x"], "seed=x: allowed: a whole number"),

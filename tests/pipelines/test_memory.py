@@ -22,7 +22,7 @@ from conf.schema import PrefilterConfig, PrefilterKind, QueriesConfig, RunConfig
 from influence.bm25 import TopK
 from pipelines import tracing
 from pipelines.progress import Progress
-from pipelines.stages import candidates, scan, top
+from pipelines.stages import candidates, scan, tails, top
 from pipelines.stages.unfiltered import choose
 from pipelines.steps import StageContext
 
@@ -128,8 +128,11 @@ def traced(sequences: int, folder: Path, kind: UnfilteredKind) -> Meter:
         found = top.ranked(context("top"), QUERIES)
         context("top").artifact.write_table("top.parquet", pa.table({"rank": [1]}))
         tracing._fill(folder, context("top").artifact, given.artifact)
+        described = tails.summarised(context("tails"), names)
     assert result.counts["sequences"] == index["sequences"]
     expected = choose(config.unfiltered, sequences).within(0, sequences)[: -config.scan.top - 1 : -1].tolist()
+    assert [scores.unfiltered.count for scores in described] == [index["per_feed"]["unfiltered"]] * QUERIES
+    assert [scores.bm25.count for scores in described] == [1000] * QUERIES
     assert [[number for _, number, _ in ranked] for ranked in found] == [expected] * QUERIES
     return meter
 
@@ -141,6 +144,8 @@ def test_the_driver_holds_less_than_an_id_a_sequence_and_a_task_no_more_than_bef
     monkeypatch.setattr(candidates, "BLOCK", 2048)
     monkeypatch.setattr("pipelines.stages.unfiltered._BLOCK", 2048)
     monkeypatch.setattr(top, "SHARDS_A_TASK", 16)
+    monkeypatch.setattr(tails, "SHARDS_A_TASK", 16)
+    monkeypatch.setattr(tails, "ROWS", 2048)
     monkeypatch.setattr(scan, "REPORTS_A_TASK", 16)
     small = traced(SEQUENCES, tmp_path / "small", kind)
     large = traced(10 * SEQUENCES, tmp_path / "large", kind)

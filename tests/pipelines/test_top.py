@@ -148,3 +148,14 @@ def test_the_stage_ranks_over_all_shards_with_text(
         assert [row["score"] for row in mine] == [values_NQ[number, query] for number in expected]
         assert [row["document_id"] for row in mine] == [f"document {number}" for number in expected]
         assert all(len(row["text"]) == 2 for row in mine)
+
+
+def test_the_bottom_is_ranked_from_the_most_negative(scores: Artifact, values_NQ: np.ndarray):
+    names = [f"shard-{shard:06d}.parquet" for shard in range(3)]
+    whole = shards_top(scores, names, QUERIES, 30, sign=-1)
+    for query in range(QUERIES):
+        expected = [number for number in head(-values_NQ[:, query], 30) if values_NQ[number, query] < 0]
+        assert 5 < len(expected) < 30  # what is not negative is not among them
+        assert [number for _, number, _ in whole[query]] == expected
+    first, second = (shards_top(scores, some, QUERIES, 30, sign=-1) for some in (names[:1], names[1:]))
+    assert merged(first, second, 30, sign=-1) == whole

@@ -15,16 +15,31 @@ from actors.store import Artifact, Store
 from conf.schema import ModelConfig, RunConfig
 from pipelines import tracing
 from pipelines.runner import StageOutcome
+from pipelines.stages import tails
+from pipelines.stages.attributed import SCHEMA as ATTRIBUTION
 from pipelines.stages.top import SCHEMA
-from pipelines.tracing import TraceResult, render_table, run_trace
+from pipelines.tracing import render_table, run_trace
 
 HOSTILE = "<img src=x>\x1b[31m\n\u202e"
 QUERY = {"query_id": "one", "prompt": "The sea", "completion": " is", "contrast": None, "measured": -1.0}
+
+TAILS = {
+    "feeds": {"bm25": {"count": 4, "fits": {}, "reason": "few"}},
+    "needed": {"reason": "few"},
+    "share": [],
+    "recall": {"reason": "few"},
+}
 
 
 def row(rank: int, query: str = "one", text: str = "text") -> dict[str, Any]:
     found = {"query_id": query, "rank": rank, "sequence_id": rank, "feed": "bm25", "score": 1.0 / rank}
     return found | {"bm25_score": 0.5, "document_id": "file:1", "offset": 0, "text": text}
+
+
+def attributed(rank: int) -> dict[str, Any]:
+    found = {"query_id": "one", "side": "top", "rank": rank, "sequence_id": rank, "score": 1.0 / rank, "total": 0.5}
+    found |= {"pieces": ["te", "xt"], "before": "", "after": "", "sparsity": 1.0, "spurious": True, "layers": [0.5]}
+    return found | {key: [0.5, 0.0] for key in ("tokens", "matrix", "output_tokens", "input_tokens")}
 
 
 class Finished:
@@ -36,7 +51,7 @@ class Finished:
         self._store = store
 
     def run(self) -> dict[str, StageOutcome]:
-        names = ("layers", "sequences", "candidates", "fidelity", "scores", "agreement", "top")
+        names = ("layers", "sequences", "candidates", "fidelity", "scores", "agreement", "top", "attribution", "tails")
         return {name: self._outcome(name) for name in names}
 
     def _outcome(self, name: str) -> StageOutcome:
@@ -74,6 +89,17 @@ class Finished:
     def top(self, artifact: Artifact) -> None:
         artifact.write_table("top.parquet", pa.Table.from_pylist([row(1), row(2)], schema=SCHEMA))
 
+    def attribution(self, artifact: Artifact) -> None:
+        for query in range(2):
+            rows = [attributed(rank + 1) for rank in range(300)]
+            artifact.write_table(f"query-{query:06d}.parquet", pa.Table.from_pylist(rows, schema=ATTRIBUTION))
+        layers = {"names": ["h.0.up"], "groups": ["block 0"], "kinds": ["up"]}
+        artifact.write_json("attribution.json", {"pairs": 600, "spurious": {"one": 1}, "step": None, "layers": layers})
+
+    def tails(self, artifact: Artifact) -> None:
+        artifact.write_json("tails.json", {"queries": {"one": TAILS}})
+        artifact.write_table("tails.parquet", tails.SCHEMA.empty_table())
+
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
@@ -85,16 +111,42 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 def test_the_folder_is_filled_from_the_artifacts(config: RunConfig, tmp_path: Path):
     result = run_trace(config, tmp_path / "runs" / "deep" / "run")
     assert sorted(path.name for path in result.run_dir.rglob("*") if path.is_file()) == [
+        "attribution.csv",
+        "attribution.parquet",
+        "fits.csv",
+        "layers.csv",
+        "layers.png",
+        "layers.svg",
+        "map-one.png",
+        "map-one.svg",
+        "prefilter.csv",
+        "queries.csv",
         "report.html",
         "shard-000000.parquet",
         "shard-000001.parquet",
+        "share.csv",
         "summary.json",
+        "tails.csv",
+        "tails.json",
+        "tails.parquet",
+        "top.csv",
         "top.parquet",
     ]
     assert result.top.to_pylist()[1]["sequence_id"] == 2
     assert sorted(result.scores_table().column("sequence_id").to_pylist()) == [0, 1, 2, 3]
     assert result.query_ids == ["one"]
     assert result.artifact("top").read_table("top.parquet").equals(result.top)
+
+
+def test_the_attribution_of_all_queries_is_one_table_of_small_groups(config: RunConfig, tmp_path: Path):
+    result = run_trace(config, tmp_path / "run")
+    with pq.ParquetFile(tmp_path / "run" / "attribution.parquet") as file:
+        groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        assert groups == [256, 44, 256, 44]
+        assert file.schema_arrow.remove_metadata().equals(ATTRIBUTION)
+        assert json.loads(file.schema_arrow.metadata[b"layer_groups"]) == ["block 0"]
+        assert json.loads(file.schema_arrow.metadata[b"step"]) is None
+    assert result.summary["attribution"] == {"pairs": 600, "spurious": {"one": 1}, "step": None}
 
 
 def test_the_summary_is_what_the_result_holds(config: RunConfig, tmp_path: Path):
@@ -108,6 +160,9 @@ def test_the_summary_is_what_the_result_holds(config: RunConfig, tmp_path: Path)
     assert result.summary["corpus"]["skipped"] == {"malformed JSON": 1}
     assert result.summary["candidates"] == {"per_feed": {"bm25": 4, "unfiltered": 0}}  # not a line a file
     assert result.summary["artifacts"]["top"] == result.artifact("top").uri
+    reason = {"reason": "few"}
+    short = {"feed": "bm25", "tail": reason, "needed": reason, "share": {}, "recall": reason}
+    assert result.summary["tails"] == {"one": short}
 
 
 def test_a_folder_that_is_used_again_holds_the_new_run_only(
@@ -137,7 +192,8 @@ def test_scores_are_linked_without_being_read(config: RunConfig, tmp_path: Path,
     read = []
     given = Artifact.read_bytes
     monkeypatch.setattr(Artifact, "read_bytes", lambda self, name: read.append(name) or given(self, name))
-    monkeypatch.setattr(Artifact, "open_parquet", lambda self, name: read.append(name))
+    opened = Artifact.open_parquet
+    monkeypatch.setattr(Artifact, "open_parquet", lambda self, name: read.append(name) or opened(self, name))
     result = run_trace(config, tmp_path / "second")
     assert not [name for name in read if name.startswith("shard-")]
     assert len(pq.read_table(result.run_dir / "scores")) == 4
@@ -183,12 +239,3 @@ def test_a_terminal_gets_no_control_characters():
     table = render_table([row(1, HOSTILE, HOSTILE)], queries)
     assert not [char for char in table if char != "\n" and not char.isprintable()]
     assert len(table.splitlines()) == 3
-
-
-def test_a_notebook_gets_escaped_rows(tmp_path: Path):
-    rows = [row(1, text=HOSTILE), row(6)]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "top.parquet")
-    shown = TraceResult(tmp_path, {"queries": [QUERY]}, {})._repr_html_()
-    assert "&lt;img src=x&gt;" in shown
-    assert "<img" not in shown
-    assert shown.count("<tr>") == 2
