@@ -130,7 +130,7 @@ def _memory(steps: Sequence[StepPlan], rates: Rates) -> list[str]:
         if step.cost.memory:
             parts = ", ".join(f"{name} {size(held)}" for name, held in step.cost.memory.items())
             partial = f"; {size(step.cost.temporary)} of partial sums on disk meanwhile" if step.cost.temporary else ""
-            lines.append(f"  {step.name:<11}{parts}{partial}")
+            lines.append(f"  {step.name:<13}{parts}{partial}")
     return lines
 
 
@@ -142,10 +142,10 @@ def _passes(steps: Sequence[StepPlan]) -> list[str]:
         if not found:
             continue
         if len(found) == 1:
-            lines.append(f"  {step.name:<11}1 pass over all {len(found[0])} layers")
+            lines.append(f"  {step.name:<13}1 pass over all {len(found[0])} layers")
         else:
             named = ", ".join(_span(layers) for layers in found)
-            lines.append(f"  {step.name:<11}{len(found)} passes: {named}")
+            lines.append(f"  {step.name:<13}{len(found)} passes: {named}")
     return ["passes over the sample", *lines] if lines else []
 
 
@@ -164,7 +164,7 @@ def _transfers(steps: Sequence[StepPlan], load: Workload) -> list[str]:
         parts = [f"{name} {duration(value)}" for name, value in spent.items() if value >= 0.05]
         moved = [f"{name} {size(value)}" for name, value in step.cost.moved.items() if value]
         stored = [f"to and from the store {size(step.cost.stored)}"] if step.cost.stored else []
-        lines.append(f"  {step.name:<11}{', '.join(parts)}; {', '.join([*moved, *stored])}".rstrip("; "))
+        lines.append(f"  {step.name:<13}{', '.join(parts)}; {', '.join([*moved, *stored])}".rstrip("; "))
     choice = list(contractions(load).values())
     held = "each rank holds a share of the queries" if queries_shared(load) else "all queries in each rank"
     lines.append(

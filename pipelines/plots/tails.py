@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def survival(tails: Sequence[Tail]) -> Figure:
         if tail.fit:
             handles["power law"] = _line(place, tail.fit, tail.curves["unfiltered"])
         if tail.note:
-            place.text(0.03, 0.04, safe(tail.note, 60), transform=place.transAxes, fontsize=8, color=INK)
+            _note(place, tail.note)
         _ticks(place, tail)
     figure.supxlabel("influence", fontsize=9)
     figure.supylabel("survival: share of the feed", fontsize=9)
@@ -87,6 +88,13 @@ def survival(tails: Sequence[Tail]) -> Figure:
         where = {"loc": "outside upper right", "ncols": len(handles)}
         legend(figure, list(handles.values()), list(handles), **where)
     return figure
+
+
+def _note(place: Axes, note: str) -> None:
+    """A few words inside the panel, however many there are: the layout is made without them."""
+    lines = "\n".join(textwrap.wrap(safe(note, 120), 32))
+    text = place.text(0.03, 0.04, lines, transform=place.transAxes, fontsize=7, color=INK, clip_on=True)
+    text.set_in_layout(False)
 
 
 def _points(place: Axes, feed: str, curve: Curve) -> object:

@@ -301,7 +301,7 @@ def test_offload_to_disk_says_what_is_missing(tmp_path: Path, monkeypatch: pytes
         check_sharding(config, gpu=False)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy  # DeepSpeed compiles its input and output for minutes
 def test_weights_on_disk_give_the_same_logits(tmp_path: Path):
     from deepspeed.ops import op_builder
 

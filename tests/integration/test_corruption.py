@@ -52,6 +52,7 @@ FILES = {
     "scores": "shard-*.parquet",
     "top": "top.parquet",
     "tails": "tails.json",
+    "attribution": "query-*.parquet",
 }
 
 

@@ -21,15 +21,18 @@ FLOAT64 = {"model__dtype": "float64", "scan__product_dtype": "float64", "scan__s
 SMALL = {"corpus__limit": 40, "prefilter__top": 10, "unfiltered__sequences": 20}
 FACTORS = {"layers", "sequences", "covariance", "eigenbasis", "correction"}
 MEASURED = {"fidelity", "agreement"}  # nothing depends on these
-SCORED = {"scores", "top", "tails"} | MEASURED
+SCORED = {"scores", "top", "attribution", "tails"} | MEASURED
 STEPS = FACTORS | {"gradients", "ihvp", "queries", "candidates"} | SCORED
 
 
 def test_the_run_folder_holds_what_was_promised(traced: TraceResult):
     assert sorted(path.name for path in traced.run_dir.iterdir()) == [
+        "attribution.parquet",
+        "plots",
         "report.html",
         "scores",
         "summary.json",
+        "tables",
         "tails.json",
         "tails.parquet",
         "top.parquet",
@@ -195,9 +198,10 @@ LOW = {"scan__product_dtype": "bfloat16"}
         (RANK, RANK | {"queries__fidelity_sample": 0}, {"fidelity"}),
         ({}, {"queries__fidelity_sample": 10}, set()),
         ({}, {"queries__fidelity": 0.95}, {"ihvp", "queries"} | SCORED),
-        ({}, {"unfiltered__seed": 1}, {"candidates", "scores", "top", "tails"}),
-        ({}, {"prefilter__top": 7}, {"candidates", "scores", "top", "tails"}),
-        ({}, {"scan__top": 3}, {"top"}),
+        ({}, {"unfiltered__seed": 1}, {"candidates", "scores", "top", "attribution", "tails"}),
+        ({}, {"prefilter__top": 7}, {"candidates", "scores", "top", "attribution", "tails"}),
+        ({}, {"scan__top": 3}, {"top", "attribution"}),
+        ({}, {"attribution__top": 3}, {"attribution"}),
         ({}, {"tails__bootstraps": 20}, {"tails"}),
         ({}, {"queries__measurement": "contrast"}, {"gradients", "ihvp", "queries"} | SCORED),
         ({}, LOW, STEPS - {"layers", "sequences", "gradients", "candidates"}),

@@ -70,7 +70,13 @@ def test_a_run_that_was_killed_twice_goes_on_and_ends_with_the_same_bits(
     monkeypatch.setattr(world_module, "LocalPool", Watched)
     with caplog.at_level("INFO"):
         result = run_locally(world.config(store, **changes), tmp_path / "3")
-    assert {name for name, was in cached(result).items() if not was} == {"scores", "agreement", "top", "tails"}
+    assert {name for name, was in cached(result).items() if not was} == {
+        "scores",
+        "agreement",
+        "top",
+        "attribution",
+        "tails",
+    }
     shards = result.summary["stages"]["scores"]["counts"]["shards"]
     assert len(dealt) == shards - len(second)
     assert {path: path.stat().st_mtime_ns for path in second} == written
