@@ -159,9 +159,9 @@ def run_trace(config: RunConfig, run_dir: str | Path) -> TraceResult:
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = Runner(Store(config.store), build_steps(config), config, lambda: Cluster(config)).run()
-    _fill(folder, outcomes["top"].artifact, outcomes["scores"].artifact)
     _copy(folder, outcomes["tails"].artifact, "tails.json", "tails.parquet")
     _join(folder / "attribution.parquet", outcomes["attribution"].artifact)
+    _fill(folder, outcomes["top"].artifact, outcomes["scores"].artifact)  # last: no scores beside what is damaged
     summary = summarise(config, outcomes, started)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     result = TraceResult(folder, summary, outcomes)
