@@ -20,7 +20,7 @@ from tests.integration.world import World, cached, documents, fork, ids, run_loc
 
 RANKS = 2
 NODES = 3  # each has room for one replica
-PARTS = {"covariance": "**/done.json", "correction": "**/done.json", "scores": "shard-*.json"}
+PARTS = {"covariance": "parts/**/done.json", "correction": "parts/**/done.json", "scores": "shard-*.parquet"}
 MARKS = {"covariance": (1, 4, 7, 9), "correction": (1, 4, 7, 9), "scores": (2, 6, 10, 14)}  # parts at each kill
 SLOWLY: dict[str, Any] = {
     "corpus__sequence_length": 40,
@@ -51,7 +51,7 @@ class Stage:
 
     def parts(self) -> list[Path]:
         """Committed parts of the unfinished artifact."""
-        return sorted(self._store.glob(f"{self._kind}/*/parts/{PARTS[self._kind]}"))
+        return sorted(self._store.glob(f"{self._kind}/*/{PARTS[self._kind]}"))
 
     def reaches(self, count: int) -> None:
         """Wait until some parts are committed, while the stage goes on."""

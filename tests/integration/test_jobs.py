@@ -128,7 +128,7 @@ def head() -> Iterator[Head]:
 
 def done(store: Path, kind: str, pattern: str) -> list[Path]:
     """Committed parts of a kind's unfinished artifact."""
-    return sorted(store.glob(f"{kind}/*/parts/{pattern}"))
+    return sorted(store.glob(f"{kind}/*/{pattern}"))
 
 
 @pytest.mark.slow
@@ -156,8 +156,8 @@ def test_a_job_that_was_stopped_is_continued_by_the_next_one(
     assert not list((store / "claims").glob("*.json")), "a claim of the stopped job is in the next one's way"
 
     second = submit(2)
-    second.goes_on_until(lambda: len(done(store, "scores", "shard-*.json")) >= 2)
-    scanned = {path: path.stat().st_mtime_ns for path in done(store, "scores", "shard-*.json")}
+    second.goes_on_until(lambda: len(done(store, "scores", "shard-*.parquet")) >= 2)
+    scanned = {path: path.stat().st_mtime_ns for path in done(store, "scores", "shard-*.parquet")}
     second.stop()
     assert "covariance: goes on from" in second.logs
 
