@@ -23,7 +23,7 @@ from conf import schema
 FOLDER = Path(__file__).parent
 GROUPS = (
     *("model", "corpus", "factors", "queries", "prefilter", "unfiltered"),
-    *("scan", "attribution", "tails", "cluster", "report", "probe", "plan", "experiment"),
+    *("scan", "attribution", "tails", "cluster", "report", "probe", "plan", "validation", "experiment"),
 )
 PATHS = ("model.path", "corpus.path", "queries.path")  # without these there is nothing to trace
 PROBE_PATHS = ("model.path", "corpus.path", "probe.path")  # what whence probe needs in their place

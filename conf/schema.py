@@ -102,6 +102,19 @@ class Contraction(Enum):
     dense = "dense"
 
 
+class Subject(Enum):
+    """What the model of a validation has learnt: a data set of Appendix C, a generated almanac, text, or facts."""
+
+    concrete = "concrete"
+    energy = "energy"
+    mnist = "mnist"
+    fashion_mnist = "fashion_mnist"
+    cifar10 = "cifar10"
+    almanac = "almanac"
+    language = "language"
+    facts = "facts"
+
+
 class UnfilteredKind(Enum):
     """Which sequences the unfiltered feed holds."""
 
@@ -285,6 +298,31 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """What `whence validate` measures, and how long it takes over it; a trace does not read it."""
+
+    subject: Subject = Subject.concrete
+    path: str | None = None  # its data: a CSV file, an .npz file of images, or a folder of facts
+    seed: int = 0  # of splits, first weights, points and measurements
+    points: int = 500  # training points (sequences) whose influence is compared with a measured response
+    measurements: int = 10  # test points (queries) whose measurement responds
+    epochs: int = 100  # of training by SGD
+    pbo_steps: int = 2000  # steps of Adam for each proximal Bregman objective; 0 measures no response
+    pbo_batch: int = 512  # training points a step
+    pbo_learning_rate: float = 0.05  # first one, in units of the typical size of a weight's response; falls to 0
+    pbo_tolerance: float = 0.05  # relative gradient above which an objective counts as not converged
+    epsilon: float | None = None  # weight of the added point; None takes the largest at which responses are linear
+    lissa_depth: int | None = None  # steps of the recursion; None is the number of training points
+    lissa_batch: int = 32  # training points a step of the recursion
+    subsets: int = 0  # random halves that models are trained on, for the linear datamodeling score; 0 for none
+    retrainings: int = 5  # models a subset, that differ in first weights and order
+    removal: float = 0.0  # share of the training points that is dropped before training again; 0 for none
+    largest_blocks: int = 8  # block-diagonal factors of 1, 2, 4 ... blocks are compared; 0 for none
+    largest_rank: int = 64  # queries of rank 1, 2, 4 ... are compared with full rank; 0 for none
+    convergence: bool = True  # whether factors of two disjoint samples are compared, by their size
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -304,6 +342,7 @@ class RunConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
 def plain(value: object) -> object:

@@ -125,6 +125,23 @@ LIMITS: Mapping[str, Limit] = {
     "plan.cpus": at_least(1),
     "plan.cpu_flops": above(0),
     "plan.memory_per_rank": at_least(1),
+    "validation.path": NOT_EMPTY,
+    "validation.seed": SEED,
+    "validation.points": at_least(2),
+    "validation.measurements": at_least(1),
+    "validation.epochs": at_least(1),
+    "validation.pbo_steps": at_least(0),
+    "validation.pbo_batch": at_least(1),
+    "validation.pbo_learning_rate": above(0),
+    "validation.pbo_tolerance": above(0),
+    "validation.epsilon": above(0),
+    "validation.lissa_depth": at_least(1),
+    "validation.lissa_batch": at_least(1),
+    "validation.subsets": at_least(0),
+    "validation.retrainings": at_least(1),
+    "validation.removal": Limit("from 0 to less than 1", lambda value: 0 <= value < 1),
+    "validation.largest_blocks": at_least(0),
+    "validation.largest_rank": at_least(0),
 }
 
 NAMES: Mapping[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -257,7 +274,7 @@ def _absolute_paths(values: dict[str, Any], cwd: str) -> dict[str, Any]:
         return os.path.normpath(os.path.join(cwd, os.path.expanduser(path)))
 
     found = dict(values)
-    for name in ("store", *PATHS, "probe.path", "model.tokenizer"):
+    for name in ("store", *PATHS, "probe.path", "validation.path", "model.tokenizer"):
         path = values[name]
         if path in (None, MISSING, "") or "://" in path:
             continue
