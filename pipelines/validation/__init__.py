@@ -1,0 +1,1 @@
+"""Validation: influence estimates against what they approximate, measured."""
