@@ -83,6 +83,7 @@ def compare(root: Path, sequences: int, ranks: int) -> tuple[list[Compared], flo
         "factors.samples=null",
         "queries.rank=16",
         "queries.fidelity_sample=16",
+        "attribution.top=20",
         "cluster.cpus_per_rank=1",
         f"cluster.world_size={ranks}",
     ]
