@@ -6,6 +6,7 @@ batch sizes, folders) moves no bit beyond rounding, and recomputes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from actors.corpus import corpus_digest
@@ -87,10 +88,6 @@ def build_probe_steps(config: RunConfig) -> list[Step]:
     Args:
         config: `queries.path` is where the queries of the probes are.
     """
-    trace, wanted = build_steps(config), {"queries", "fidelity", "agreement"}
-    for step in reversed(trace):
-        if step.name in wanted:
-            wanted.update(step.inputs)
     identity = {
         "sequences": sequences_digest(read_probes(config)),
         "tokeniser": _tokeniser(config),
@@ -100,7 +97,29 @@ def build_probe_steps(config: RunConfig) -> list[Step]:
         "contraction": _contraction(config),
     }
     probed = _step("probe", ("layers", "queries"), identity, probe.run)
-    return [*(step for step in trace if step.name in wanted), probed]
+    return [*steps_up_to(build_steps(config), ("queries", "fidelity", "agreement")), probed]
+
+
+def steps_up_to(steps: Sequence[Step], names: Collection[str]) -> list[Step]:
+    """The named steps and all that they depend on.
+
+    Args:
+        steps: Each after its inputs.
+        names: Of the steps that are wanted.
+
+    Returns:
+        Those of `steps`, in their order.
+
+    Raises:
+        ValueError: If there is no step of a name.
+    """
+    wanted = set(names)
+    if unknown := wanted - {step.name for step in steps}:
+        raise ValueError(f"there are no steps {sorted(unknown)}: {[step.name for step in steps]}")
+    for step in reversed(steps):
+        if step.name in wanted:
+            wanted.update(step.inputs)
+    return [step for step in steps if step.name in wanted]
 
 
 def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple[str, ...]) -> list[Step]:
