@@ -25,7 +25,7 @@ from influence.gauss_newton import Examples, GaussNewton, TensorNetwork, Vectors
 from influence.layers import TrackedLayer
 from influence.output_losses import OutputLoss
 from influence.solvers import SolverState
-from influence.supervised import backward, micro_batches
+from influence.supervised import backward, micro_batches, places
 
 KERNEL = "kernel"
 ITERATIVE = "conjugate gradients"
@@ -96,8 +96,8 @@ def solve_exactly(
     def product(given: Vectors) -> Vectors:
         return newton(micro_batches(examples, batch), given)
 
-    places, rows = _places(network, layers, examples), _outputs(network, examples) * len(examples.inputs)
-    formed = 8 * rows * sum(layer.parameters for layer in layers if places[layer.name] > 1)
+    rows, seen = _outputs(network, examples) * len(examples.inputs), places(network, layers, examples)
+    formed = 8 * rows * sum(layer.parameters for layer in layers if seen[layer.name] > 1)
     if rows <= largest_kernel and formed <= ROW_BYTES:
         solution = _by_kernel(newton, network, layers, examples, right, damping, batch)
         way, products, held = KERNEL, 0, 8 * rows**2
@@ -216,17 +216,6 @@ def _root(loss: OutputLoss, outputs_BC: Tensor, targets: Tensor) -> Tensor:
     hessian = loss.hessian_product(outputs_BC, targets, unit[:, None].expand(size, count, size)).transpose(0, 1)
     values, vectors = torch.linalg.eigh(hessian)
     return vectors @ (values.clamp_min(0).sqrt()[..., None] * vectors.transpose(1, 2))
-
-
-def _places(network: TensorNetwork, layers: Sequence[TrackedLayer], examples: Examples) -> dict[str, int]:
-    """Rows T of each layer for one example; 0 where the outputs do not depend on it."""
-    places: dict[str, int] = {layer.name: 0 for layer in layers}
-
-    def consume(layer: TrackedLayer, uses: Sequence[Use]) -> None:
-        places[layer.name] = sum(use.act_BTI.shape[1] for use in uses)
-
-    backward(network, layers, examples.inputs[:1], torch.zeros_like, consume)
-    return places
 
 
 def _outputs(network: TensorNetwork, examples: Examples) -> int:

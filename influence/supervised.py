@@ -22,6 +22,7 @@ from influence.eigenbasis import eigenbasis
 from influence.gauss_newton import Examples, TensorNetwork, Vectors, input_rows, output_rows
 from influence.layers import TrackedLayer
 from influence.output_losses import OutputLoss
+from influence.scoring import LayerQueries, layer_scores
 from influence.solvers import LayerCurvature
 
 Consume = Callable[[TrackedLayer, Sequence[Use]], None]
@@ -96,6 +97,34 @@ def example_gradients(network: TensorNetwork, layers: Sequence[TrackedLayer], ex
             found[layer.name] += use.grad_BTO.transpose(1, 2) @ homogeneous(use.act_BTI, layer.bias)
 
     backward(network, layers, examples.inputs, _loss_gradient(network.loss, examples.targets), consume)
+    return found
+
+
+def example_scores(
+    network: TensorNetwork, layers: Sequence[TrackedLayer], examples: Examples, vectors: Vectors, batch: int = 256
+) -> Tensor:
+    """⟨V_q, −∇L(z_b)⟩ of each vector and example, [Q, B] in float64, as the scan computes it (Equation 25)."""
+    queries = {name: LayerQueries(len(value), dense_QOI=value.double()) for name, value in vectors.items()}
+    found, product = [], next(network.model.parameters()).dtype
+    for part in micro_batches(examples, batch):
+        shares: list[Tensor] = []
+
+        def consume(layer: TrackedLayer, uses: Sequence[Use], into: list[Tensor] = shares) -> None:
+            into.append(layer_scores(layer, uses, queries[layer.name], product, torch.float64))
+
+        backward(network, layers, part.inputs, _loss_gradient(network.loss, part.targets), consume)
+        found.append(-torch.stack(shares).sum(0))
+    return torch.cat(found).T.contiguous()
+
+
+def places(network: TensorNetwork, layers: Sequence[TrackedLayer], examples: Examples) -> dict[str, int]:
+    """Rows T of each layer for one example; 0 where the outputs do not depend on it."""
+    found: dict[str, int] = {layer.name: 0 for layer in layers}
+
+    def consume(layer: TrackedLayer, uses: Sequence[Use]) -> None:
+        found[layer.name] = sum(use.act_BTI.shape[1] for use in uses)
+
+    backward(network, layers, examples.inputs[:1], torch.zeros_like, consume)
     return found
 
 
