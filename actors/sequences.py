@@ -120,11 +120,10 @@ def candidate_ids(candidates: Artifact, name: str) -> np.ndarray:
 
 def candidate_rows(candidates: Artifact, first: int, stop: int) -> tuple[np.ndarray, list[str]]:
     """The distinct candidates in [first, stop), ascending, and the feed of each: bm25, unfiltered or both."""
-    table = _row_groups(candidates, lambda low, high: high >= first and low < stop, ["sequence_id", "feed"])
-    ids = table.column("sequence_id").to_numpy()
-    inside = (ids >= first) & (ids < stop)
-    unique, inverse = np.unique(ids[inside], return_inverse=True)
-    is_bm25 = np.asarray(table.column("feed").cast(pa.string()))[inside] == "bm25"
+    inside = (pc.field("sequence_id") >= first) & (pc.field("sequence_id") < stop)
+    table = _row_groups(candidates, lambda low, high: high >= first and low < stop, ["sequence_id", "feed"], inside)
+    unique, inverse = np.unique(table.column("sequence_id").to_numpy(), return_inverse=True)
+    is_bm25 = np.asarray(table.column("feed").cast(pa.string())) == "bm25"
     bm25 = np.bincount(inverse, weights=is_bm25, minlength=len(unique)) > 0
     unfiltered = np.bincount(inverse, weights=~is_bm25, minlength=len(unique)) > 0
     names = np.where(bm25 & unfiltered, "both", np.where(bm25, "bm25", "unfiltered"))
@@ -138,30 +137,44 @@ def proposals(candidates: Artifact, query_id: str, sequence_ids: Sequence[int]) 
     def holds_some(low: int, high: int) -> bool:
         return bool(np.searchsorted(wanted, low) < np.searchsorted(wanted, high, side="right"))
 
-    table = _row_groups(candidates, holds_some, ["query_id", "sequence_id", "bm25_score"])
-    mine = table.filter((pc.field("query_id") == query_id) & pc.field("sequence_id").isin(pa.array(wanted)))
+    mine = _row_groups(
+        candidates,
+        holds_some,
+        ["query_id", "sequence_id", "bm25_score"],
+        (pc.field("query_id") == query_id) & pc.field("sequence_id").isin(pa.array(wanted)),
+    )
     return dict(zip(mine.column("sequence_id").to_pylist(), mine.column("bm25_score").to_pylist(), strict=True))
 
 
 def proposals_within(candidates: Artifact, first: int, stop: int) -> dict[str, np.ndarray]:
     """The sequences in [first, stop) that BM25 proposed, ascending, by the query that they were proposed for."""
-    table = _row_groups(candidates, lambda low, high: high >= first and low < stop, ["query_id", "sequence_id"])
     inside = (pc.field("sequence_id") >= first) & (pc.field("sequence_id") < stop)
-    mine = table.filter(pc.field("query_id").is_valid() & inside)
+    mine = _row_groups(
+        candidates,
+        lambda low, high: high >= first and low < stop,
+        ["query_id", "sequence_id"],
+        pc.field("query_id").is_valid() & inside,
+    )
     names = mine.column("query_id").combine_chunks().dictionary_encode()
     codes, ids = names.indices.to_numpy(), mine.column("sequence_id").to_numpy()
     return {name: np.sort(ids[codes == code]) for code, name in enumerate(names.dictionary.to_pylist())}
 
 
-def _row_groups(candidates: Artifact, concerns: Callable[[int, int], bool], columns: list[str]) -> pa.Table:
-    """Those row groups of the table whose sequence ids, from the lowest to the highest, are of concern."""
+def _row_groups(
+    candidates: Artifact, concerns: Callable[[int, int], bool], columns: list[str], wanted: pc.Expression
+) -> pa.Table:
+    """The rows that are wanted, of row groups whose sequence ids, from the lowest to the highest, are of concern.
+
+    One row group is held at a time, beside what is wanted of those before it.
+    """
     pieces = [CANDIDATES.empty_table().select(columns)]
     for file in candidate_files(candidates):
         if not concerns(file["first_sequence_id"], file["stop"] - 1):
             continue
         with candidates.open_parquet(file["name"]) as parquet:
             place = parquet.metadata.schema.names.index("sequence_id")
-            bounds = [parquet.metadata.row_group(n).column(place).statistics for n in range(parquet.num_row_groups)]
-            groups = [n for n, bound in enumerate(bounds) if bound is None or concerns(bound.min, bound.max)]
-            pieces.append(parquet.read_row_groups(groups, columns=columns))
+            for group in range(parquet.num_row_groups):
+                bound = parquet.metadata.row_group(group).column(place).statistics
+                if bound is None or concerns(bound.min, bound.max):
+                    pieces.append(parquet.read_row_group(group, columns=columns).filter(wanted))
     return pa.concat_tables(pieces)

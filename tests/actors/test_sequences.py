@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from actors.errors import BadRecord, ChecksumError
 from actors.sequences import MemorySequences, StoredSequences, candidate_ids, candidate_rows, proposals, read_candidates
 from actors.store import Artifact, Store
-from tests.integration.world import write_candidates, write_sequences
+from tests.integration.world import Candidate, write_candidates, write_sequences
 
 ROWS = [[number] * (1 + number % 4) for number in range(23)]
 
@@ -107,6 +108,26 @@ def test_what_is_asked_for_is_all_that_is_opened(candidates: Artifact, monkeypat
     assert candidate_rows(candidates, 25, 26)[0].tolist() == [25]
     assert proposals(candidates, "one", [25]) == {25: 2.0}
     assert len(set(opened)) == 1
+
+
+POOLS = []  # of Arrow's memory; they must live as long as the buffers
+
+
+def test_looking_proposals_up_holds_no_more_for_ten_times_the_candidates(tmp_path: Path):
+    def held(count: int) -> int:
+        rows: list[Candidate] = [(None, number, "unfiltered", None) for number in range(count)]
+        rows[count // 2] = ("one", count // 2, "bm25", 0.5)
+        candidates = write_candidates(Store(str(tmp_path / str(count))), rows, block=1000, row_group=500)
+        given = pa.default_memory_pool()
+        POOLS.append(pa.proxy_memory_pool(pa.system_memory_pool()))
+        pa.set_memory_pool(POOLS[-1])
+        try:
+            assert proposals(candidates, "one", range(0, count, 100)) == {count // 2: 0.5}
+            return POOLS[-1].max_memory()
+        finally:
+            pa.set_memory_pool(given)
+
+    assert held(20_000) < 1.5 * held(2_000)
 
 
 def test_the_whole_table_is_read_in_order(candidates: Artifact):
