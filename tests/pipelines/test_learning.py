@@ -1,4 +1,4 @@
-"""Stacked SGD against plain loops of torch.optim.SGD in float64, and what must move no run: neighbours and left-outs."""
+"""Stacked SGD against plain loops of torch.optim.SGD in float64, and what must move no run: neighbours, left-outs."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float =
         torch.testing.assert_close(value, second[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("fresh", "kind"), [(perceptron, "regression"), (classifier, "classes"), (normed, "images")]
-)
+@pytest.mark.parametrize(("fresh", "kind"), [(perceptron, "regression"), (classifier, "classes"), (normed, "images")])
 def test_as_a_plain_loop(fresh: Fresh, kind: str) -> None:
     recipes = [Recipe(0.1, 0.0, 1), Recipe(0.3, 0.01, 2, KEPT), Recipe(0.05, 0.1, 2)]
     learnt = learn(fresh, data(kind), recipes, EPOCHS, BATCH)
