@@ -129,6 +129,7 @@ def disjoint(size: int, total: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(scores_QP: Tensor) -> Tensor:
-    if not bool(torch.isfinite(scores_QP).all()):
-        return torch.full_like(scores_QP, math.nan, dtype=torch.float64)
-    return torch.from_numpy(rankdata(scores_QP.double().cpu().numpy(), axis=1))
+    """Ranks in each row; NaN throughout a row that has a score that is not finite."""
+    scores = scores_QP.double().cpu().numpy()
+    defined_Q = np.isfinite(scores).all(axis=1, keepdims=True)
+    return torch.from_numpy(np.where(defined_Q, rankdata(scores, axis=1), math.nan))
