@@ -308,26 +308,52 @@ def vuong(first: Fit, second: Fit) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Needed:
-    """How many unfiltered sequences hold as many influential ones as BM25's head (Section 5.2.2).
+class Estimate:
+    """A number of unfiltered sequences to scan.
 
     Attributes:
-        sequences: Expected number to scan.
+        sequences: Expected.
         interval: At `LEVEL`, of the number that one would have to scan.
-        threshold: The influence to reach.
-        method: `power_law` if the threshold lies in the fitted tail, else `empirical`.
-        reached: How many of those that were scanned reach the threshold; to rounding, far below the cutoff.
     """
 
     sequences: float
     interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Needed:
+    """How many unfiltered sequences hold as many influential ones as BM25's head (Section 5.2.2).
+
+    Attributes:
+        threshold: The influence to reach.
+        reached: How many of those that were scanned reach the threshold; to rounding, far below the cutoff.
+        estimates: By method: `power_law` if the threshold is in a fitted tail, `empirical` if any sequence reaches it.
+        method: Which of them to believe.
+    """
+
     threshold: float
-    method: str
     reached: int
+    estimates: dict[str, Estimate]
+    method: str
+
+    @property
+    def sequences(self) -> float:
+        """Expected number to scan."""
+        return self.estimates[self.method].sequences
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of that number."""
+        return self.estimates[self.method].interval
 
 
 def needed(
-    unfiltered: ScoreSummary, bm25: ScoreSummary, tail: Tail | None, head: int, rng: np.random.Generator
+    unfiltered: ScoreSummary,
+    bm25: ScoreSummary,
+    tail: Tail | None,
+    head: int,
+    rng: np.random.Generator,
+    plausible: bool = True,
 ) -> Needed:
     """How many unfiltered sequences must be scanned until `head` reach the `head`-th largest influence t of BM25's.
 
@@ -336,15 +362,46 @@ def needed(
     and that of α by its exact distribution; below the cutoff Beta of the count) and the noise of counting: the number
     of sequences up to the `head`-th hit is negative binomial. t itself is taken as it is.
 
+    In the tail the fraction counted is an estimate too, which takes no law for granted; it is the one to believe where
+    a power law is not plausible.
+
     Args:
         unfiltered: Scores of the unfiltered feed.
         bm25: Scores of the sequences that BM25 proposed to this query.
         tail: Of the unfiltered feed, if there is a fit.
         head: Ten, in the paper.
         rng: Seeded.
+        plausible: Whether the fit's p-value is above `PLAUSIBLE`.
 
     Raises:
         NoFit: It cannot be said.
+    """
+    threshold = _threshold(unfiltered, bm25, head)
+    hits, found = unfiltered.at_least(threshold), {}
+    in_tail = tail is not None and threshold >= tail.cutoff
+    if tail is not None and in_tail:
+        rate, rates = _rates_of_tail(unfiltered, tail, threshold, rng)
+        if rate >= FAINT:
+            found["power_law"] = _estimate(head, rate, rates, rng)
+    if hits >= 1:
+        rates = rng.beta(hits, unfiltered.count - hits + 1, DRAWS)
+        found["empirical"] = _estimate(head, hits / unfiltered.count, rates, rng)
+    if not found and in_tail:
+        raise NoFit(f"the power law puts an influence of {threshold:.4g} out of reach")
+    if not found:
+        raise NoFit(
+            f"none of {unfiltered.count:,} unfiltered sequences reaches the influence {threshold:.4g} of number "
+            f"{head} of BM25's, and there is no fit to say how rare that is"
+        )
+    order = ("power_law", "empirical") if plausible else ("empirical", "power_law")
+    return Needed(threshold, round(hits), found, next(method for method in order if method in found))
+
+
+def _threshold(unfiltered: ScoreSummary, bm25: ScoreSummary, head: int) -> float:
+    """The influence of number `head` of BM25's sequences.
+
+    Raises:
+        NoFit: There is none that others could be compared with.
     """
     if bm25.count < head:
         raise NoFit(f"BM25 proposed {bm25.count:,} sequences to this query, fewer than {head}")
@@ -353,23 +410,13 @@ def needed(
     threshold = float(bm25.largest_K[head - 1])
     if threshold <= 0:
         raise NoFit(f"number {head} of BM25's sequences has no positive influence")
-    hits = unfiltered.at_least(threshold)
-    if tail is not None and threshold >= tail.cutoff:
-        rate, rates = _rates_of_tail(unfiltered, tail, threshold, rng)
-        method = "power_law"
-    else:
-        if hits < 1:
-            raise NoFit(
-                f"none of {unfiltered.count:,} unfiltered sequences reaches the influence {threshold:.4g} of number "
-                f"{head} of BM25's, and there is no fit to say how rare that is"
-            )
-        rate, rates = hits / unfiltered.count, rng.beta(hits, unfiltered.count - hits + 1, DRAWS)
-        method = "empirical"
-    if rate < FAINT:
-        raise NoFit(f"the power law puts an influence of {threshold:.4g} out of reach")
+    return threshold
+
+
+def _estimate(head: int, rate: float, rates: np.ndarray, rng: np.random.Generator) -> Estimate:
     scanned = _until(head, np.maximum(rates, FAINT), rng)
     low, high = np.quantile(scanned, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Needed(head / rate, (float(low), float(high)), threshold, method, round(hits))
+    return Estimate(head / rate, (float(low), float(high)))
 
 
 def _rates_of_tail(

@@ -177,7 +177,8 @@ def _tail_tables(run: RunFolder) -> Iterator[tuple[str, Table]]:
     yield "fits", (("query_id", "feed", "distribution", "loglikelihood", "aic", *ratio, "parameters"), fits)
     yield "share", (("query_id", "percent", "share"), shares_)
     depths = dict.fromkeys(name for row in prefilter for name in row if name.startswith("recall_"))
-    needed = ("needed", "needed_low", "needed_high", "threshold", "scanned", "method", "needed_reason")
+    by_method = ("needed_power_law", "needed_empirical")
+    needed = ("needed", "needed_low", "needed_high", *by_method, "threshold", "scanned", "method", "needed_reason")
     yield "prefilter", (("query_id", *depths, *needed), prefilter)
     if run.survival:
         points = [
@@ -206,8 +207,10 @@ def _fit(name: str, fit: Mapping[str, Any], comparisons: Mapping[str, Any]) -> d
 def _needed(needed: Mapping[str, Any]) -> dict[str, object]:
     low, high = needed.get("interval") or (None, None)
     found = {"needed": needed.get("sequences"), "needed_low": low, "needed_high": high}
+    estimates = needed.get("estimates") or {}
     return {
         **found,
+        **{f"needed_{method}": estimate["sequences"] for method, estimate in estimates.items()},
         **{name: needed.get(name) for name in ("threshold", "scanned", "method")},
         "needed_reason": needed.get("reason"),
     }

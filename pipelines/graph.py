@@ -54,7 +54,7 @@ VERSIONS = {
     "agreement": 1,
     "top": 1,
     "attribution": 1,
-    "tails": 1,
+    "tails": 2,
     "probe": 1,
 }
 

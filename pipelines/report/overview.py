@@ -11,6 +11,7 @@ from pipelines.progress import duration, short
 from pipelines.report.packing import KINDS, PackedQuery, map_rows, rounded
 from pipelines.report.reading import RunFolder
 from pipelines.stages.agreement import shown
+from pipelines.stages.convergence import in_words, low
 
 
 def overview(run: RunFolder, queries: Sequence[PackedQuery], maps: int, config: ReportConfig) -> dict[str, Any]:
@@ -69,9 +70,11 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         ("corpus", _corpus(config["corpus"]["path"], corpus)),
         ("curvature", _curvature(config)),
         ("scanned", f"{scores:,} of {corpus['sequences']:,} sequences"),
-        ("candidates", ", ".join(f"{feed} {n:,}" for feed, n in summary["candidates"]["per_feed"].items())),
+        ("candidates", _candidates(summary["candidates"]["per_feed"])),
         ("fidelity", _fidelity(summary["fidelity"])),
     ]
+    if summary.get("convergence"):
+        found.append(("convergence", _convergence(summary["convergence"], corpus["sequences"])))
     if "seconds" in summary:
         found.append(("this run took", duration(summary["seconds"])))
     if summary.get("agreement"):
@@ -91,12 +94,15 @@ def _corpus(path: str, corpus: Mapping[str, Any]) -> str:
     return f"{text}; {skipped:,} records skipped ({reasons})"
 
 
+def _candidates(per_feed: Mapping[str, int]) -> str:
+    names = {"bm25": "{} proposed by BM25", "unfiltered": "{} unfiltered"}
+    return ", ".join(names.get(feed, f"{{}} {feed}").format(f"{count:,}") for feed, count in per_feed.items())
+
+
 def _curvature(config: Mapping[str, Any]) -> str:
     factors = config["factors"]
-    return (
-        f"{factors['solver']}, damping factor {factors['damping_factor']}, {factors['blocks']} block(s), "
-        f"labels {factors['labels']}"
-    )
+    blocks = "undivided factors" if factors["blocks"] == 1 else f"factors of {factors['blocks']} blocks"
+    return f"{factors['solver']}, damping factor {factors['damping_factor']}, {blocks}, {factors['labels']} labels"
 
 
 def _fidelity(fidelity: Mapping[str, Any]) -> str:
@@ -106,6 +112,17 @@ def _fidelity(fidelity: Mapping[str, Any]) -> str:
         f"correlation with full-rank scores {shown(fidelity['mean'])} on average, {shown(fidelity['minimum'])} at "
         f"worst, on {fidelity['sample']} sequences"
     )
+
+
+def _convergence(found: Mapping[str, Any], corpus: int) -> str:
+    """What fits on other samples agree in, and what to do where it is little; the curve on lines of its own."""
+    warning = low(found, corpus)
+    lines = [in_words(found) + (f". Low: {warning}" if warning else "")]
+    lines += [
+        f"{entry['sequences']:,} sequences a fit: {shown(entry['mean'])} on average, {shown(entry['minimum'])} at worst"
+        for entry in found.get("sizes", [])
+    ]
+    return "\n".join(lines)
 
 
 def _stage(name: str, stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +150,7 @@ def _query(run: RunFolder, query: Mapping[str, Any], packed: PackedQuery) -> dic
         "contrast": query["contrast"] if contrast else None,
         "measured": query["measured"],
         "fidelity": shown(summary["fidelity"]["pearson"].get(name)) if summary["fidelity"] else None,
+        "convergence": _converged(summary, name),
         "rank": query.get("total_rank"),
         "top": len(top),
         "bottom": len(bottom),
@@ -144,6 +162,12 @@ def _query(run: RunFolder, query: Mapping[str, Any], packed: PackedQuery) -> dic
         "tails": tails | {"share": [[p, rounded(share)] for p, share in tails.get("share") or []]},
         "survival": survival,
     }
+
+
+def _converged(summary: Mapping[str, Any], name: str) -> str | None:
+    """The correlation of a query's scores with those by factors of another sample; None where it was not looked at."""
+    outlook = (summary.get("convergence") or {}).get("extrapolated") or {"pearson": {}}
+    return shown(outlook["pearson"][name]) if name in outlook["pearson"] else None
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:

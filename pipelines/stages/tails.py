@@ -181,7 +181,7 @@ def describe_query(
         described[feed], fitted[feed] = _feed(summary, tails, _generator(tails.seed, query_id, feed))
     entry = {
         "feeds": described,
-        "needed": _needed(query_id, found, fitted, tails, feeds),
+        "needed": _needed(query_id, found, described, fitted, tails, feeds),
         "share": _share(found.unfiltered) if "unfiltered" in feeds else [],
         "recall": _recall(query_id, found, candidates, feeds),
         "recall_by_chance": found.shared / found.unfiltered.count if found.unfiltered.count else None,
@@ -241,13 +241,21 @@ def _power_law(tail: Tail, law: Fit, bootstraps: int, rng: np.random.Generator) 
 
 
 def _needed(
-    query_id: str, found: QueryScores, fitted: Mapping[str, Tail | None], tails: TailsConfig, feeds: Sequence[str]
+    query_id: str,
+    found: QueryScores,
+    described: Mapping[str, Mapping[str, Any]],
+    fitted: Mapping[str, Tail | None],
+    tails: TailsConfig,
+    feeds: Sequence[str],
 ) -> dict[str, Any]:
+    """What to believe first; then every estimate there is, with the p-value that judges the power law's."""
     if missing := _missing(feeds):
         return {"reason": missing}
+    p_value = described["unfiltered"]["fits"].get("power_law", {}).get("p_value")
+    plausible = p_value is None or p_value > PLAUSIBLE
     try:
         rng = _generator(tails.seed, query_id, "needed")
-        answer = needed(found.unfiltered, found.bm25, fitted["unfiltered"], HEAD, rng)
+        answer = needed(found.unfiltered, found.bm25, fitted["unfiltered"], HEAD, rng, plausible)
     except NoFit as why:
         return {"reason": str(why)}
     return {
@@ -257,6 +265,11 @@ def _needed(
         "scanned": found.unfiltered.count,
         "method": answer.method,
         "reached": answer.reached,
+        "p_value": p_value,
+        "estimates": {
+            method: {"sequences": estimate.sequences, "interval": list(estimate.interval)}
+            for method, estimate in answer.estimates.items()
+        },
     }
 
 

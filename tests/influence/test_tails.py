@@ -11,6 +11,7 @@ from scipy import integrate, optimize, stats
 from influence.distribution import ScoreSummary
 from influence.tails import (
     FAMILIES,
+    Estimate,
     Fit,
     NoFit,
     Tail,
@@ -304,6 +305,23 @@ def test_below_the_cutoff_and_without_a_fit_scores_are_counted():
         assert found.sequences == pytest.approx(10 * 5000 / 50, rel=0.03)
         low, high = found.interval
         assert low < found.sequences < high
+
+
+def test_where_a_power_law_is_implausible_what_was_counted_is_believed_and_both_are_told():
+    values = stats.expon.rvs(size=20_000, random_state=4)
+    summary, tail = summary_of(values, 400), tail_of(summary_of(values, 400), 0.01, None, 50)
+    threshold = float(np.sort(values)[-20])
+    bm25 = summary_of(np.full(10, threshold))
+    believed = needed(summary, bm25, tail, 10, np.random.default_rng(0))
+    doubted = needed(summary, bm25, tail, 10, np.random.default_rng(0), plausible=False)
+    assert (believed.method, doubted.method) == ("power_law", "empirical")
+    assert believed.estimates == doubted.estimates
+    assert doubted.sequences == pytest.approx(10 * 20_000 / 20)
+    low, high = doubted.interval
+    assert low < 10 / stats.expon.sf(threshold) < high
+    beyond = needed(summary, summary_of(np.full(10, 30.0)), tail, 10, np.random.default_rng(0), plausible=False)
+    assert (beyond.method, beyond.reached, list(beyond.estimates)) == ("power_law", 0, ["power_law"])
+    assert isinstance(beyond.estimates["power_law"], Estimate)
 
 
 def test_very_rare_influences_are_said_to_be_far_away():

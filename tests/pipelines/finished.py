@@ -192,7 +192,8 @@ def describe_tails(folder: Path, ids_N: np.ndarray, scores_NQ: np.ndarray, queri
         best = np.sort(np.maximum(scores_NQ[:, column], 0))[::-1]
         percents = [float(f"{p:.4g}") for p in np.geomspace(100 / len(best), 100, 30)]
         share = [[p, float(best[: max(1, round(p / 100 * len(best)))].sum() / best.sum())] for p in percents]
-        needed = {"sequences": 12345.6, "interval": [8e3, 2e4], "threshold": 3.2, "scanned": len(ids_N)}
+        estimates = {"power_law": {"sequences": 12345.6, "interval": [8e3, 2e4]}}
+        needed = estimates["power_law"] | {"threshold": 3.2, "scanned": len(ids_N), "estimates": estimates}
         recall = {"10": 0.4, "100": 0.35}
         record[query] = {"feeds": described, "needed": needed, "share": share, "recall": recall}
     (folder / "tails.json").write_text(json.dumps({"queries": record}))

@@ -212,5 +212,7 @@ def test_tails_have_a_row_a_feed_and_a_fit(run: Path):
     assert json.loads(fits[1]["parameters"]) == {"scale": 2.0}
     assert float(fits[1]["ratio_to_power_law"]) == 10.0
     assert table(run, "prefilter")[0]["recall_100"] == "0.35"
-    assert float(table(run, "prefilter")[0]["needed_high"]) == 2e4
+    prefilter = table(run, "prefilter")[0]
+    assert float(prefilter["needed_high"]) == 2e4
+    assert (float(prefilter["needed_power_law"]), prefilter["needed_empirical"]) == (12345.6, "")
     assert len(table(run, "survival")) == pq.read_metadata(run / "tails.parquet").num_rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -325,6 +327,71 @@ def test_the_keyboard(report: Path, open_report: Open):
     assert page.get_attribute("html", "data-theme") == "dark"
     page.keyboard.press("o")
     page.wait_for_selector(".queries")
+
+
+def test_another_heatmap_leaves_the_reader_where_they_are(report: Path, open_report: Open):
+    page = open_report(report).go(q=query_ids(Size())[0])
+    for key in "jjjjj":
+        page.keyboard.press(key)
+    page.keyboard.press("c")
+    page.keyboard.press("l")
+    until(page, "document.querySelector('canvas')?.width > 300")
+    page.evaluate("window.scrollBy(0, -37)")
+    place = "document.querySelector('.card.current')?.getBoundingClientRect().top"
+    before = page.evaluate(place)
+    for key, kind in (("2", "output"), ("3", "input"), ("1", "update")):
+        page.keyboard.press(key)
+        page.wait_for_selector(f"button[data-value={kind}][aria-pressed=true]")
+        until(page, f"Math.abs({place} - {before}) <= 1")
+        assert page.inner_text(".card.current .rank") == "5"
+        assert page.locator(".card.current .around").count() == 2
+        assert page.locator(".card canvas").count() == 1
+    page.click("button[data-value=output]")
+    assert page.evaluate("document.activeElement.dataset.value") == "output"
+    page.select_option(".menu:has-text('sort') select", "document")
+    assert page.locator(".card.current").count() == 0
+    page.click(".shapes > summary")
+    page.select_option(".menu:has-text('sort') select", "rank")
+    assert page.locator(".shapes[open]").count() == 0
+
+
+def with_needed(report: Path, folder: Path, needed: dict[str, Any]) -> Path:
+    """The report of the same run with another estimate for its first query."""
+    shutil.copytree(report.parent, folder)
+    record = json.loads((folder / "tails.json").read_text())
+    record["queries"][query_ids(Size())[0]]["needed"] |= needed
+    (folder / "tails.json").write_text(json.dumps(record))
+    return write_report(folder, ReportConfig())
+
+
+def test_a_poor_power_law_stands_beside_what_was_counted(report: Path, open_report: Open, tmp_path: Path):
+    law, counted = ({"sequences": n, "interval": [n / 2, n * 2]} for n in (4000, 900))
+    poor = counted | {"p_value": 0.02, "estimates": {"power_law": law, "empirical": counted}}
+    page = open_report(with_needed(report, tmp_path / "both", poor)).go(q=query_ids(Size())[0])
+    assert (
+        "about 900 [450, 1,800] by counting, or about 4,000 [2,000, 8,000] by the power law, which is a poor fit "
+        "(p = 0.02), would have to be scanned; 8,000 were."
+    ) in page.inner_text(".tails")
+    alone = law | {"p_value": 0.02, "estimates": {"power_law": law}}
+    page = open_report(with_needed(report, tmp_path / "law", alone)).go(q=query_ids(Size())[0])
+    assert "a poor fit (p = 0.02), would have to be scanned; 8,000 were, of which none is." in page.inner_text(".tails")
+    good = poor | {"p_value": 0.5}
+    page = open_report(with_needed(report, tmp_path / "good", good)).go(q=query_ids(Size())[0])
+    assert "about 900 [450, 1,800] would have to be scanned; 8,000 were." in page.inner_text(".tails")
+
+
+def test_a_printed_overview_has_all_its_columns_and_times(report: Path, open_report: Open):
+    page = open_report(report).page
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 720, "height": 1000})  # A4 without its margins
+    box = page.locator("td.spurious").first.bounding_box()  # the last column
+    assert box is not None
+    assert box["x"] + box["width"] <= 720
+    overlap = """() => [...document.querySelectorAll(".stages tr")].some((row) => {
+        const bar = row.querySelector(".bar")?.getBoundingClientRect();
+        return bar && bar.right > row.querySelector("td.numeric").getBoundingClientRect().left;
+    })"""
+    assert page.evaluate(overlap) is False
 
 
 def test_marked_sequences_stay_in_the_list(report: Path, open_report: Open):

@@ -176,10 +176,25 @@ def test_the_number_needed_is_counted_or_extrapolated(both: Scanned, found: dict
         assert entry["scanned"] == len(values)
         assert entry["reached"] == (values >= threshold).sum()
         assert entry["interval"][0] < entry["sequences"] < entry["interval"][1]
-        assert entry["method"] == "power_law"  # three times the scores of others
-        law = found[name]["feeds"]["unfiltered"]["fits"]["power_law"]
-        rate = 100 / len(values) * (threshold / law["xmin"]) ** (1 - law["alpha"])
-        assert entry["sequences"] == pytest.approx(10 / rate)
+        law, estimates = found[name]["feeds"]["unfiltered"]["fits"]["power_law"], entry["estimates"]
+        rate = 100 / len(values) * (threshold / law["xmin"]) ** (1 - law["alpha"])  # the threshold is in the tail
+        assert estimates["power_law"]["sequences"] == pytest.approx(10 / rate)
+        assert estimates["empirical"]["sequences"] == pytest.approx(10 * len(values) / entry["reached"])
+        assert entry["p_value"] == law["p_value"]
+        assert entry["method"] == ("power_law" if law["p_value"] > 0.1 else "empirical")
+        assert estimates[entry["method"]] == {"sequences": entry["sequences"], "interval": entry["interval"]}
+
+
+def test_a_poor_fit_is_not_believed_where_something_was_counted(both: Scanned, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tails, "goodness", lambda *_: 0.02)
+    for entry in both.described().values():
+        needed = entry["needed"]
+        assert (needed["method"], needed["p_value"], list(needed["estimates"])) == (
+            "empirical",
+            0.02,
+            ["power_law", "empirical"],
+        )
+        assert needed["sequences"] == needed["estimates"]["empirical"]["sequences"]
 
 
 def test_survival_curves_hold_both_feeds_of_every_query(both: Scanned):

@@ -2,6 +2,7 @@
 
 const FEEDS = { unfiltered: "unfiltered", bm25: "BM25" };
 const HEIGHT = 180;
+const FLAT = 0.8; // of the largest share: what is above it counts as flat
 const MARGIN = { top: 10, right: 14, bottom: 34, left: 46 };
 
 const logOf = Math.log10;
@@ -20,6 +21,19 @@ function survivalPoints(query) {
       feed,
       influences.map((influence, index) => [influence, shares[index]]).filter(([x, y]) => x > 0 && y > 0),
     ])
+    .filter(([, points]) => points.length > 1);
+}
+
+/** The same without the left, where no curve falls yet: most of the axis, which says nothing of the tail. */
+function fallingPoints(query) {
+  const curves = survivalPoints(query);
+  const flat = curves.map(([, points]) => {
+    const most = Math.max(...points.map(([, share]) => share));
+    return Math.max(...points.filter(([, share]) => share >= FLAT * most).map(([influence]) => influence));
+  });
+  const from = Math.min(...flat);
+  return curves
+    .map(([feed, points]) => [feed, points.filter(([influence]) => influence >= from)])
     .filter(([, points]) => points.length > 1);
 }
 
@@ -54,7 +68,7 @@ function scales(all, width, height, margin) {
 
 /** Which share of a feed has at least so much influence: both axes logarithmic, with the power law of the tail. */
 function survivalPlot(query, width, height = HEIGHT) {
-  const curves = survivalPoints(query);
+  const curves = fallingPoints(query);
   if (!curves.length) return null;
   const { x, y, left, right, low } = scales(
     curves.flatMap(([, points]) => points),
@@ -98,7 +112,7 @@ function clipped([start, end], floor) {
 
 /** The same in a table's cell. */
 function survivalSpark(query, width = 96, height = 30) {
-  const curves = survivalPoints(query);
+  const curves = fallingPoints(query);
   if (!curves.length) return null;
   const { x, y } = scales(
     curves.flatMap(([, points]) => points),

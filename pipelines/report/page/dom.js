@@ -69,14 +69,24 @@ const superscript = (whole) =>
 
 const percent = (share) => (share === null || share === undefined ? "–" : `${number(100 * share)}\u00a0%`);
 
+/** A probability: in percent, unless that is next to nothing. */
+const chance = (p) => (p < 1e-4 ? number(p) : percent(p));
+
 const plural = (count, word, words = `${word}s`) => `${count.toLocaleString("en")} ${count === 1 ? word : words}`;
 
-/** A row of buttons of which one is pressed. `options` is [[value, label, explanation]]. */
-function segmented(label, options, value, choose) {
+/** A row of buttons of which one is pressed; that one has the key. `options` is [[value, label, explanation]]. */
+function segmented(label, options, value, choose, name) {
   const buttons = options.map(([key, text, title]) =>
     el(
       "button",
-      { type: "button", "aria-pressed": String(key === value), "data-value": key, title, click: () => choose(key) },
+      {
+        type: "button",
+        "aria-pressed": String(key === value),
+        "data-value": key,
+        "data-key": key === value && name,
+        title,
+        click: () => choose(key),
+      },
       text,
     ),
   );
@@ -84,10 +94,10 @@ function segmented(label, options, value, choose) {
 }
 
 /** A menu. */
-function menu(label, options, value, choose) {
+function menu(label, options, value, choose, name) {
   const select = el(
     "select",
-    { "aria-label": label, change: () => choose(select.value) },
+    { "aria-label": label, "data-key": name, change: () => choose(select.value) },
     options.map(([key, text]) => el("option", { value: key, selected: key === value }, text)),
   );
   return el("label", { class: "menu" }, el("span", {}, label), select);

@@ -60,8 +60,7 @@ function escape(event) {
 function pick(key, value) {
   const { view, query } = state;
   if (!view || value === undefined || (key === "side" && !query.bottom)) return;
-  view[key] = value;
-  show();
+  setView(key, value);
 }
 
 const currentCard = () => document.querySelector(".card.current");

@@ -22,6 +22,7 @@ function layerMap(sequence, point) {
     role: "img",
     "aria-label": `Influence by layer (${size.rows} rows) and token (${size.tokens} columns)`,
   });
+  canvas.style.height = `${CELL * size.rows}px`; // the room that it will take
   const reading = el("p", { class: "reading" }, "Point at a cell.");
   const scroller = el("div", { class: "map-scroll" }, canvas);
   const note = el("p", { class: "note" });

@@ -40,6 +40,7 @@ const newView = () => ({
   search: "",
   pattern: null,
   whole: false,
+  shapes: window.innerWidth > 700,
 });
 
 /** Follow the address. */
@@ -65,8 +66,16 @@ async function follow() {
 
 const cardOf = (id, side) => [...cards].find(([, { sequence }]) => sequence.id === id && sequence.side === side)?.[0];
 
+const LOOKS = new Set(["kind", "scale", "whole"]); // settings of a view that change how sequences look, not which
+
+/** Change a setting of the view. Whoever only looks at the same sequences differently stays where they are. */
+function setView(key, value, focus = null) {
+  state.view[key] = value;
+  show({ focus, place: LOOKS.has(key) ? placeNow() : null });
+}
+
 /** Draw the page of the state. */
-async function show({ missing = null, focus = null } = {}) {
+async function show({ missing = null, focus = null, place = null } = {}) {
   const { query, view } = state;
   hideTip();
   showBar();
@@ -81,7 +90,8 @@ async function show({ missing = null, focus = null } = {}) {
     byId("main").replaceChildren(...queryPage(query, sequences, view).filter(Boolean));
     showList(query, sequences, view);
   }
-  if (focus) document.querySelector(focus)?.focus();
+  if (place) backTo(place);
+  if (focus) document.querySelector(focus)?.focus({ preventScroll: true });
 }
 
 function notice(text) {
@@ -127,8 +137,14 @@ function showBar() {
       { class: "tools" },
       el(
         "button",
-        { type: "button", title: "Light, dark, or as the system (t)", click: nextTheme },
-        `theme: ${state.theme}`,
+        {
+          type: "button",
+          title: `Theme: ${state.theme}. Light, dark, or as the system (t)`,
+          "aria-label": `Theme: ${state.theme}`,
+          click: nextTheme,
+        },
+        "\u25d0",
+        el("span", { class: "word" }, ` ${state.theme}`),
       ),
       el("button", { type: "button", title: "Keys (?)", "aria-label": "Keys", click: toggleHelp }, "?"),
     ),

@@ -44,6 +44,15 @@ const COLUMNS = [
     cell: (query) => query.fidelity ?? "–",
   },
   {
+    key: "convergence",
+    name: "convergence",
+    hint: "Correlation with the scores that factors of another sample would give, extrapolated from smaller samples",
+    numeric: true,
+    there: () => RECORD.queries.some((query) => query.convergence !== null),
+    value: (query) => (query.convergence === null ? null : Number(query.convergence)),
+    cell: (query) => query.convergence ?? "–",
+  },
+  {
     key: "spurious",
     name: "marked",
     hint: "Top sequences whose influence sits in so few tokens that it may be spurious",
@@ -69,8 +78,9 @@ function queryCell(query) {
 
 function tailCell(query) {
   const law = lawOf(query);
-  const poor = law?.p_value < 0.1 ? " poor" : "";
-  return [survivalSpark(query), el("small", {}, law ? `\u03b1 ${law.alpha.toFixed(2)}${poor}` : "no fit")];
+  const text = law ? `\u03b1 ${law.alpha.toFixed(2)}` : "no fit";
+  const poor = isPoor(law?.p_value) ? el("span", { class: "rough" }, "poor fit") : null;
+  return el("span", { class: "law-of" }, survivalSpark(query), el("small", {}, text, poor));
 }
 
 function overviewPage(state) {
@@ -147,8 +157,8 @@ function stageTable() {
       el(
         "tr",
         {},
-        ["stage", "time when computed", "tokens/s"].map((name, column) =>
-          el("th", { class: column ? "numeric" : null }, name),
+        ["stage", "", "time when computed", "tokens/s"].map((name, column) =>
+          el("th", { class: column > 1 ? "numeric" : null }, name),
         ),
       ),
     ),
@@ -162,7 +172,8 @@ function stageTable() {
           "tr",
           {},
           el("td", {}, visible(stage.name), stage.cached ? el("small", {}, " cached") : null),
-          el("td", { class: "numeric timed" }, bar, stage.time),
+          el("td", { class: "timed", "aria-hidden": "true" }, bar),
+          el("td", { class: "numeric" }, stage.time),
           el("td", { class: "numeric" }, stage.rate),
         );
       }),

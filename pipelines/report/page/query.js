@@ -46,9 +46,10 @@ function hero(query) {
   }[RECORD.measurement];
   const facts = [`${measured}: ${number(query.measured)} nats`];
   if (RECORD.measurement === "log_probability" && query.measured !== null)
-    facts.push(`probability ${percent(Math.exp(query.measured))}`);
+    facts.push(`probability ${chance(Math.exp(query.measured))}`);
   if (query.rank) facts.push(`${plural(query.rank, "singular value")}`);
   if (query.fidelity !== null) facts.push(`fidelity ${query.fidelity}`);
+  if (query.convergence !== null) facts.push(`convergence ${query.convergence}`);
   return el(
     "section",
     { class: "hero query" },
@@ -67,10 +68,7 @@ function hero(query) {
 }
 
 function toolbar(query, sequences, view) {
-  const change = (key) => (value) => {
-    view[key] = value;
-    show();
-  };
+  const change = (key) => (value) => setView(key, value, `.toolbar [data-key="${key}"]`);
   const feeds = Object.keys(FEED_NAMES).filter(
     (feed) => feed !== "both" && sequences.some((sequence) => cameBy(sequence, feed)),
   );
@@ -98,6 +96,7 @@ function toolbar(query, sequences, view) {
           ],
           view.side,
           change("side"),
+          "side",
         )
       : null,
     RECORD.kinds.length > 1
@@ -106,16 +105,18 @@ function toolbar(query, sequences, view) {
           RECORD.kinds.map((kind) => [kind, ...KIND_NAMES[kind]]),
           view.kind,
           change("kind"),
+          "kind",
         )
       : null,
     feeds.length > 1
-      ? menu("feed", [["all", "all"], ...feeds.map((feed) => [feed, FEED_NAMES[feed][0]])], view.feed, change("feed"))
+      ? menu("feed", [["all", "all"], ...feeds.map((feed) => [feed, FEED_NAMES[feed][0]])], view.feed, change("feed"), "feed")
       : null,
     menu(
       "sort",
       Object.entries(ORDERS).map(([key, [name]]) => [key, name]),
       view.order,
       change("order"),
+      "order",
     ),
     RECORD.kinds.length
       ? menu(
@@ -126,6 +127,7 @@ function toolbar(query, sequences, view) {
           ],
           view.scale,
           change("scale"),
+          "scale",
         )
       : null,
     RECORD.kinds.length
@@ -137,6 +139,7 @@ function toolbar(query, sequences, view) {
           ],
           view.whole ? "whole" : "",
           (value) => change("whole")(value === "whole"),
+          "whole",
         )
       : null,
     search,

@@ -67,6 +67,36 @@ function fill(card, again = false) {
 
 const fillAll = () => [...cards.keys()].forEach((card) => fill(card));
 
+/** What a reader has before them: where each card is in the window, what is open in it, and which is the current one. */
+function placeNow() {
+  const places = [...cards].map(([card, { sequence, open }]) => {
+    const { top, bottom, height } = card.getBoundingClientRect();
+    return { key: keyOf(sequence), current: card === currentCard(), open, top, bottom, height };
+  });
+  const inWindow = places.filter(({ top, bottom }) => bottom > 60 && top < window.innerHeight);
+  return { places, anchor: inWindow.find(({ current }) => current) ?? inWindow[0] };
+}
+
+/** Put a list that was drawn anew where it was; a card that is not drawn yet takes the room that it took. */
+function backTo({ places, anchor }) {
+  const found = new Map([...cards].map(([card, { sequence }]) => [keyOf(sequence), card]));
+  for (const { key, current, open, height } of places) {
+    const card = found.get(key);
+    if (!card) continue;
+    const { paddingTop, paddingBottom, borderTopWidth, borderBottomWidth } = getComputedStyle(card);
+    const edges = [paddingTop, paddingBottom, borderTopWidth, borderBottomWidth].map(parseFloat);
+    card.style.containIntrinsicBlockSize = `auto ${edges.reduce((left, edge) => left - edge, height)}px`;
+    card.classList.toggle("current", current);
+    for (const [does, nodes] of Object.entries(open))
+      if (nodes) card.querySelector(`[data-does="${does}"]`)?.click();
+  }
+  const card = anchor && found.get(anchor.key);
+  if (!card) return;
+  const settle = () => window.scrollBy(0, card.getBoundingClientRect().top - anchor.top);
+  settle();
+  requestAnimationFrame(settle);
+}
+
 function forgetCards() {
   near.disconnect();
   WAIT.length = 0;

@@ -45,7 +45,7 @@ function shapes(query, sequences, view) {
   if (!figures.length) return null;
   return el(
     "details",
-    { class: "shapes", open: window.innerWidth > 700 },
+    { class: "shapes", open: view.shapes, toggle: (event) => (view.shapes = event.target.open) },
     el("summary", {}, "Shape of the influences"),
     el("div", { class: "figures" }, figures),
     tailText(query),
@@ -111,22 +111,32 @@ function tailLine(tail) {
   ];
 }
 
-/** Whether a power law is plausible, as Clauset, Shalizi and Newman judge it: by a p-value above 0.1. */
+/** Whether a power law is implausible, as Clauset, Shalizi and Newman judge it: a p-value of at most 0.1. */
+const isPoor = (p) => p !== null && p !== undefined && p <= 0.1;
+
 function goodness({ p_value: p, ks, bootstraps }) {
   if (p === null || p === undefined) return "";
   const tested = `Kolmogorov\u2013Smirnov ${number(ks)}, p = ${number(p)} from ${number(bootstraps)} samples`;
-  return ` (${tested}${p < 0.1 ? ": a poor fit" : ""})`;
+  return ` (${tested}${isPoor(p) ? ": a poor fit" : ""})`;
 }
 
+/** How many unfiltered sequences hold ten as influential as BM25's tenth; both estimates where the power law is poor. */
 function neededLine(needed) {
   if (needed?.reason) return `How many unfiltered sequences should be scanned is not known: ${visible(needed.reason)}`;
   if (!needed?.sequences) return null;
+  const { power_law: law, empirical: counted } = needed.estimates ?? {};
+  const about = ({ sequences, interval: ends }) => ["about ", el("b", {}, number(Math.round(sequences))), interval(ends)];
+  const poor = law && isPoor(needed.p_value);
+  const doubt = `the power law, which is a poor fit (p = ${number(needed.p_value)})`;
   return [
-    "To meet ten unfiltered sequences as influential as the ten strongest of BM25, about ",
-    el("b", {}, number(Math.round(needed.sequences))),
-    interval(needed.interval),
+    "To meet ten unfiltered sequences as influential as the tenth of BM25, ",
+    poor && counted
+      ? [about(counted), " by counting, or ", about(law), ` by ${doubt},`]
+      : [about(needed), poor ? ` by ${doubt},` : ""],
     " would have to be scanned",
-    needed.scanned ? `; ${number(needed.scanned)} were.` : ".",
+    needed.scanned ? `; ${number(needed.scanned)} were` : "",
+    poor && !counted ? ", of which none is" : "",
+    ".",
   ];
 }
 
@@ -137,7 +147,7 @@ function recallLine(recall) {
 }
 
 const familyName = (family) =>
-  ({ gev: "generalised extreme value", lognormal: "log-normal" })[family] ?? visible(family).replace("_", " ");
+  ({ gev: "generalised extreme value", lognormal: "log-normal", weibull: "Weibull" })[family] ?? visible(family).replace("_", " ");
 
 function fitTable(feed, tail) {
   const rows = Object.entries(tail.fits).map(([name, fit]) => {
