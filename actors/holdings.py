@@ -67,14 +67,17 @@ class HeldQueries:
         """The queries with every layer's contraction chosen for sequences of so many tokens."""
         stored = self.stored(artifact)
         if self._planned is None or self._planned[0] != tokens:
-            choice = self._contractions(stored, tokens)
-            chosen = {name: held.densified() if choice[name] == "dense" else held for name, held in stored.items()}
+            choice, sums = self._contractions(stored, tokens), self._precision.sums
+            chosen = {
+                name: held.densified(dtype=sums) if choice[name] == "dense" else held for name, held in stored.items()
+            }
             self._planned = (tokens, {name: self.placed(held, self.shared) for name, held in chosen.items()})
         return self._planned[1]
 
     def some(self, artifact: Artifact, queries: Sequence[int]) -> Queries:
         """A few of the queries, as full matrices; with several ranks, this one's share of them."""
-        return {name: self.placed(held.densified(queries), True) for name, held in self.stored(artifact).items()}
+        sums = self._precision.sums
+        return {name: self.placed(held.densified(queries, sums), True) for name, held in self.stored(artifact).items()}
 
     def chosen(self, artifact: Artifact, queries: Sequence[int]) -> Queries:
         """A few of the queries, as they lie in the store; with several ranks, shared as all of them are."""

@@ -62,18 +62,25 @@ class LayerQueries:
         weights = self.dense_QOI[..., :-1].flatten(1).T.contiguous()
         return weights, self.dense_QOI[..., -1].T.contiguous()
 
-    def densified(self, chosen: Sequence[int] | None = None) -> LayerQueries:
-        """Some queries (all by default) with their full matrices formed; Q·I·O numbers."""
+    def densified(self, chosen: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> LayerQueries:
+        """Some queries with their full matrices formed; Q·I·O numbers.
+
+        Args:
+            chosen: which; all by default.
+            dtype: in which L_q R_qᵀ is multiplied out, that of the factors by default. What is scored by the factors
+                in a wider type must not lose digits here.
+        """
         chosen = range(self.queries) if chosen is None else chosen
         if self.dense_QOI is not None:
             return LayerQueries(len(chosen), dense_QOI=self.dense_QOI[list(chosen)])
         assert self.left_OR is not None
         assert self.right_IR is not None
         assert self.owner_R is not None
-        dense_QOI = self.left_OR.new_empty(len(chosen), self.left_OR.shape[0], self.right_IR.shape[0])
+        left_OR, right_IR = self.left_OR.to(dtype=dtype), self.right_IR.to(dtype=dtype)
+        dense_QOI = left_OR.new_empty(len(chosen), left_OR.shape[0], right_IR.shape[0])
         for index, query in enumerate(chosen):
             mine = self.owner_R == query
-            dense_QOI[index] = self.left_OR[:, mine] @ self.right_IR[:, mine].T
+            dense_QOI[index] = left_OR[:, mine] @ right_IR[:, mine].T
         return LayerQueries(len(chosen), dense_QOI=dense_QOI)
 
     def only(self, chosen: Sequence[int]) -> LayerQueries:
