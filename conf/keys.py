@@ -12,7 +12,7 @@ import io
 import tokenize
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -27,6 +27,7 @@ GROUPS = (
 )
 PATHS = ("model.path", "corpus.path", "queries.path")  # without these there is nothing to trace
 PROBE_PATHS = ("model.path", "corpus.path", "probe.path")  # what whence probe needs in their place
+Needs = Sequence[str] | Callable[[schema.RunConfig], Sequence[str]]  # keys of paths that a job reads
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ def group_classes() -> Mapping[str, type]:
     """The schema's class of each config group that has keys."""
     hints = typing.get_type_hints(schema.RunConfig)
     return {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+
+
+def validation_paths(config: schema.RunConfig) -> tuple[str, ...]:
+    """What whence validate needs, by its subject: a data set; the model, corpus and queries of a trace; or nothing."""
+    subject = config.validation.subject
+    if subject is schema.Subject.almanac:  # which is generated
+        return ()
+    return PATHS if subject is schema.Subject.language else ("validation.path",)
 
 
 def options(group: str, folders: Iterable[Path] = ()) -> dict[str, Option]:

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.keys import FOLDER, GROUPS, PATHS, group_classes
+from conf.keys import FOLDER, GROUPS, PATHS, Needs, group_classes
 from conf.overrides import check_overrides, override_strings
 from conf.problems import ConfigProblems, Problem
 from conf.schema import MISSING, RunConfig, cores, plain
@@ -51,7 +51,7 @@ def compose_config(
     complete: bool = True,
     config_dir: str | None = None,
     planned: bool = False,
-    needs: Sequence[str] = PATHS,
+    needs: Needs = PATHS,
 ) -> RunConfig:
     """Compose a run's config without `hydra.main`: the Python API's way in.
 
@@ -60,7 +60,7 @@ def compose_config(
         complete: Whether what the job `needs` must be given and, on this machine, be there.
         config_dir: A folder of further options, such as one's own experiments.
         planned: Whether nothing will be run, so that `plan.sequences` and `plan.queries` stand in for files.
-        needs: Keys of the paths that the job reads.
+        needs: Keys of the paths that the job reads, or a function that says them of the config.
 
     Raises:
         ConfigProblems: With everything that is wrong, each with its key, its value and what is allowed.
@@ -76,7 +76,7 @@ def check_command(
     config_dir: str | None = None,
     config_name: str = "config",
     planned: bool = False,
-    needs: Sequence[str] = PATHS,
+    needs: Needs = PATHS,
 ) -> list[RunConfig]:
     """Compose and validate every job that a command line asks for, before any of them starts.
 
@@ -108,7 +108,7 @@ def to_config(
     complete: bool = True,
     cwd: str | None = None,
     planned: bool = False,
-    needs: Sequence[str] = PATHS,
+    needs: Needs = PATHS,
 ) -> RunConfig:
     """Turn Hydra's tree into the typed config, with all validation.
 
@@ -117,7 +117,7 @@ def to_config(
         complete: Whether what the job `needs` must be given and, on this machine, be there.
         cwd: The folder that relative paths start from; the current one if None.
         planned: Whether nothing will be run, so that `plan.sequences` and `plan.queries` stand in for files.
-        needs: Keys of the paths that the job reads.
+        needs: Keys of the paths that the job reads, or a function that says them of the config.
 
     Raises:
         ConfigProblems: With everything that is wrong.

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from conf.keys import PATHS, Key, group_classes, keys, written
+from conf.keys import PATHS, Key, Needs, group_classes, keys, validation_paths, written
 from conf.problems import ConfigProblems, Problem, did_you_mean
-from conf.schema import MISSING, Dtype, Offload, PrefilterKind, RunConfig, UnfilteredKind
+from conf.schema import MISSING, Dtype, Offload, PrefilterKind, RunConfig, UnfilteredKind, ValidationConfig
 
 WIDE = (Dtype.float32, Dtype.float64)
 
@@ -215,7 +215,7 @@ def build(
     complete: bool,
     cwd: str,
     planned: bool = False,
-    needs: Iterable[str] = PATHS,
+    needs: Needs = PATHS,
 ) -> RunConfig:
     """Make the typed config from settings by key, or say everything that is wrong with them.
 
@@ -224,7 +224,7 @@ def build(
         complete: Whether what the job `needs` must be given and, on this machine, be there.
         cwd: The folder that relative paths start from.
         planned: Whether nothing will be run, so that `plan.sequences` and `plan.queries` stand in for files.
-        needs: Keys of the paths that the job reads.
+        needs: Keys of the paths that the job reads, or a function that says them of the config.
 
     Raises:
         ConfigProblems: With every problem.
@@ -241,8 +241,7 @@ def build(
     wrong = {name for problem in problems for name in problem.keys}
     config = _assemble(_absolute_paths(values, cwd))
     problems += [found for rule in RULES for found in rule(config) if not wrong & set(found.keys)]
-    needed = [path for path in needs if not (planned and _stood_in(config, path))] if complete else []
-    problems += [found for found in _paths(config, needed) if not wrong & set(found.keys)]
+    problems += [found for found in _given(config, needs, complete, planned) if not wrong & set(found.keys)]
     reach = _store_in_reach(config, values["store"]) if complete and not planned else ()
     problems += [found for found in reach if not wrong & set(found.keys)]
     if problems:
@@ -336,6 +335,19 @@ def _stood_in(config: RunConfig, path: str) -> bool:
     """Whether a number stands in for a file."""
     numbers = {"corpus.path": config.plan.sequences, "queries.path": config.plan.queries}
     return numbers.get(path) is not None
+
+
+def _given(config: RunConfig, needs: Needs, complete: bool, planned: bool) -> Iterator[Problem]:
+    """What is wrong with the paths that a job reads."""
+    if not complete:
+        return
+    wanted = needs(config) if callable(needs) else needs
+    traces = needs is not validation_paths and "model.path" in wanted
+    if traces and config.model.path == MISSING and config.validation != ValidationConfig():
+        reason = "brings no model, corpus and queries to trace. Allowed: whence validate, with the same settings"
+        yield Problem(f"validation.subject={config.validation.subject.name}", reason, ("validation.subject",))
+        return
+    yield from _paths(config, [path for path in wanted if not (planned and _stood_in(config, path))])
 
 
 def _paths(config: RunConfig, needed: Iterable[str]) -> Iterator[Problem]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipelines.probing import ProbeResult
     from pipelines.tracing import TraceResult
+    from pipelines.validation.run import ValidationResult
 
-__all__ = ["probe", "trace"]
+__all__ = ["probe", "trace", "validate"]
 
 
 def trace(*overrides: str, run_dir: str | Path | None = None) -> TraceResult:
@@ -64,3 +65,29 @@ def probe(*overrides: str, run_dir: str | Path | None = None) -> ProbeResult:
     config = compose_config(["name=probe", *overrides], needs=PROBE_PATHS)
     folder = run_dir or Path("runs") / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     return run_probe(config, folder)
+
+
+def validate(*overrides: str, run_dir: str | Path | None = None) -> ValidationResult:
+    """Compare methods with measured responses from Python, as `whence validate OVERRIDES` does from a shell.
+
+    Args:
+        overrides: Hydra overrides, such as `"experiment=concrete"`.
+        run_dir: folder of the run; by default one under `runs/` named by date and time.
+
+    Returns:
+        The run's folder, and what was found.
+
+    Raises:
+        ConfigProblems: listing every setting that is not allowed.
+        WhenceError: for data that cannot be used or work that keeps failing.
+    """
+    from datetime import datetime
+
+    from conf.keys import validation_paths
+    from conf.load import compose_config
+    from pipelines.validation.run import run_validation
+
+    named = any(word.startswith("experiment=") for word in overrides)
+    config = compose_config([*(() if named else ("name=validate",)), *overrides], needs=validation_paths)
+    folder = run_dir or Path("runs") / config.name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    return run_validation(config, folder)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from actors.errors import ConfigError, WhenceError
-from conf.keys import PATHS, PROBE_PATHS
+from conf.keys import PATHS, PROBE_PATHS, Needs, validation_paths
 from conf.problems import ConfigProblems, did_you_mean
 from pipelines.ending import (
     FAILED,
@@ -101,6 +101,23 @@ def probe_job(cfg: DictConfig) -> None:
 
 
 @logged
+def validate_job(cfg: DictConfig) -> None:
+    """Compare methods with measured responses and retrained models, and print the tables."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from conf.load import to_config
+
+    runtime = HydraConfig.get().runtime
+    config = to_config(cfg, cwd=runtime.cwd, needs=validation_paths)
+
+    from pipelines.validation.run import run_validation
+
+    _warn_in_a_job(config.cluster.address, runtime.output_dir)
+    result = run_validation(config, runtime.output_dir)
+    sys.stdout.write(f"{result.table()}\n")
+
+
+@logged
 def plan_job(cfg: DictConfig) -> None:
     """Print what a trace would do, and run nothing."""
     from hydra.core.hydra_config import HydraConfig
@@ -167,8 +184,10 @@ class Verb:
         job: What Hydra runs with the composed config; None for a verb of a later release.
         complete: Whether the paths that it needs must be given.
         overrides: Put before the user's, which win.
+        named: Whether an experiment's own settings win over `overrides` too.
         compared: Whether a sweep ends with a table of its jobs.
-        needs: Keys of the paths that it reads.
+        needs: Keys of the paths that it reads, or a function that says them of the config.
+        needed: What the help says of them, where a list of keys does not say it.
         arguments: Makes the parser of a verb that takes no configuration, and no Hydra.
         direct: What runs with what that parser made of the words; returns what the terminal shows.
     """
@@ -178,8 +197,10 @@ class Verb:
     job: Callable[[DictConfig], None] | None = None
     complete: bool = True
     overrides: tuple[str, ...] = ()
+    named: bool = False
     compared: bool = False
-    needs: tuple[str, ...] = PATHS
+    needs: Needs = PATHS
+    needed: str = ""
     arguments: Callable[[], argparse.ArgumentParser] | None = None
     direct: Callable[[argparse.Namespace], str] | None = None
 
@@ -203,7 +224,16 @@ VERBS = (
         needs=PROBE_PATHS,
     ),
     Verb("demo", "trace the facts of a small generated world", demo_job, False, ("name=almanac",)),
-    Verb("validate", "check influence scores against retraining and other methods"),
+    Verb(
+        "validate",
+        "check influence scores against measured responses, retrained models and known answers",
+        validate_job,
+        overrides=("name=validate",),
+        named=True,
+        needs=validation_paths,
+        needed="validation.path of a data set or of facts; model.path, corpus.path and queries.path for "
+        "validation.subject=language; nothing for experiment=almanac",
+    ),
     Verb(
         "report",
         "write the report of a finished run again: whence report RUN [report.key=value]",
@@ -287,7 +317,7 @@ def _check(verb: Verb, words: list[str]) -> None:
     flags = _flags(verb, words)
     runs = not (flags.cfg or flags.info or flags.hydra_help or flags.shell_completion or flags.experimental_rerun)
     check_command(
-        [*verb.overrides, *flags.overrides],
+        [*_own_overrides(verb, words), *flags.overrides],
         multirun=_sweeps(words),
         complete=verb.complete and runs,
         config_dir=flags.config_dir,
@@ -295,6 +325,12 @@ def _check(verb: Verb, words: list[str]) -> None:
         planned=verb.job is plan_job,
         needs=verb.needs,
     )
+
+
+def _own_overrides(verb: Verb, words: list[str]) -> tuple[str, ...]:
+    """What the verb itself sets, before the user's words."""
+    by_experiment = verb.named and any(word.startswith("experiment=") for word in words)
+    return () if by_experiment else verb.overrides
 
 
 def _flags(verb: Verb, words: list[str]) -> argparse.Namespace:
@@ -316,14 +352,14 @@ def _run_hydra(verb: Verb, words: list[str]) -> None:
     from conf.load import composition_problem
 
     assert verb.job is not None
-    overrides = _flags(verb, words).overrides
+    own, overrides = _own_overrides(verb, words), _flags(verb, words).overrides
     flags = list(words)
     for override in overrides:
         flags.remove(override)
     sweeps = verb.compared and _sweeps(words)
     job = _in_sweep(verb.job) if sweeps else verb.job if _sweeps(words) else _alone(verb.job)
     task = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(job)
-    given, sys.argv = sys.argv, ["whence", *flags, f"hydra.job.name={verb.name}", *verb.overrides, *overrides]
+    given, sys.argv = sys.argv, ["whence", *flags, f"hydra.job.name={verb.name}", *own, *overrides]
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit
     try:

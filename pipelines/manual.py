@@ -40,6 +40,7 @@ EXAMPLES = (
         "sequences of your own, instead of the corpus's",
         "whence probe model.path=MODEL corpus.path=TEXT probe.path=P.yaml",
     ),
+    ("how far its scores can be trusted, on a data set", "whence validate experiment=concrete"),
     (
         "no prefilter, the whole corpus, two replicas",
         "whence trace ... prefilter=none unfiltered=all cluster=replicas2",
@@ -74,7 +75,9 @@ def manual(verbs: Iterable[Verb], verb: Verb | None = None) -> str:
     parts.append(f"usage: whence {verb.name if verb else 'VERB'} [group=option] [group.key=value] [flags]")
     parts.append(_verbs([verb] if verb else list(verbs), width))
     if verb and verb.complete and verb.job:
-        parts.append(f"Must be given, on the command line or by an experiment: {', '.join(verb.needs)}.")
+        needed = verb.needed or ", ".join(() if callable(verb.needs) else verb.needs)
+        said = f"Must be given, on the command line or by an experiment: {needed}."
+        parts.append("\n".join(textwrap.wrap(said, width, break_on_hyphens=False)))
     if verb is None or verb.job:
         parts.append(_run_keys(width))
         parts += [_group(group, width) for group in GROUPS]

@@ -16,7 +16,8 @@ def parser() -> argparse.ArgumentParser:
         prog="whence compare",
         description="Say how far two or more finished runs agree on the same queries: models of different size, ranks, "
         "blocks, layers, samples of factors. Queries are matched by query_id, sequences by their number where corpus "
-        "and tokens are the same, else by document.",
+        "and tokens are the same, else by document. Runs of whence validate are put side by side instead: methods by "
+        "data sets.",
         epilog="The folder of results gets compare.html, compare.json, tables/*.csv and plots/*.svg, *.png. A sweep: "
         "whence compare multirun/NAME/TIME/[0-9]*",
     )
@@ -50,12 +51,17 @@ def run(given: argparse.Namespace) -> str:
         ConfigError: a folder is not one of a finished run, or the runs have nothing to compare.
         WhenceError: a file cannot be read.
     """
+    from pipelines.validation.together import is_validation, together
+
+    folders = [Path(folder) for folder in given.runs]
+    folder = Path(given.out or Path("runs", "compare", datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
+    if any(map(is_validation, folders)):
+        return f"{together(folders, folder)}\n\n{folder / 'compare.html'}"
+
     from pipelines.comparing.agreement import compare
     from pipelines.comparing.output import render, write
     from pipelines.comparing.runs import load
 
-    runs = load([Path(folder) for folder in given.runs])
-    comparison = compare(runs, given.sample, given.seed)
-    folder = Path(given.out or Path("runs", "compare", datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
+    comparison = compare(load(folders), given.sample, given.seed)
     write(comparison, folder, given.sequences)
     return f"{render(comparison)}\n\n{folder / 'compare.html'}"

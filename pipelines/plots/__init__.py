@@ -1,10 +1,11 @@
 """Plots by matplotlib: functions from plain data to a figure, in one style, and how a figure becomes SVG and PNG.
 
-    style     fonts, colours, text from elsewhere made safe, `save`
-    tails     survival functions with the power law (Figure 8), share of the influence by top sequences (Figure 9)
-    layers    distribution over layers by query (Figures 19, 35), token × layer maps (Figure 4)
-    bars      grouped bars of probes (Figures 24-26)
-    scatter   scores of two runs against each other, correlations by query (Figures 3, 30)
+    style       fonts, colours, text from elsewhere made safe, `save`
+    tails       survival functions with the power law (Figure 8), share of the influence by top sequences (Figure 9)
+    layers      distribution over layers by query (Figures 19, 35), token × layer maps (Figure 4)
+    bars        grouped bars of probes (Figures 24-26)
+    scatter     scores of two runs against each other, correlations by query (Figures 3, 30)
+    validation  methods beside what was measured: bars, times, lines over a setting, planes (Figures 6, 7, 30)
 
 Nothing here reads files, and pyplot with its global state is not used.
 """

@@ -129,7 +129,7 @@ def test_paths(tmp_path, monkeypatch):
         ("+factors.dampng=1", "factors.dampng=1: there is no such key. Did you mean factors.damping_factor?"),
         ("+factors.blocks=1", "+factors.blocks=1: the key exists already. Leave out the plus sign: factors.blocks=1"),
         ("~factors.blocks", "~factors.blocks: a setting cannot be taken away. Give it a value: factors.blocks=..."),
-        ("experiment=foo", "experiment=foo: there is no such option. Allowed: gpt2_1b, paper_52b, tinystories, null."),
+        ("experiment=foo", "experiment=foo: there is no such option. Allowed: almanac, cifar10, concrete,"),
         ("prefilter=bm52", "prefilter=bm52: there is no such option. Allowed: bm25, none. Did you mean bm25?"),
         ("prefilter=null", "prefilter=null: there is no such option. Allowed: bm25, none."),
         ("factors.blocks=0", "factors.blocks=0: allowed: a whole number, at least 1"),

@@ -207,7 +207,16 @@ def test_refusals(traced, tmp_path, capsys):
     [
         ([], "What shall be done? Verbs: trace, plan, probe, demo, validate, report, compare."),
         (["trase"], "trase: the first word must be a verb. Did you mean trace?"),
-        (["validate"], "whence validate: This verb comes with a later release. Ready now: trace, plan, probe, demo"),
+        (["validate"], "whence validate: validation.path: must be given: its data: a CSV file"),
+        (["validate", "validation.subject=language"], "  model.path: must be given"),
+        (["validate", "validation.path=none.csv"], "none.csv: nothing is there. Allowed: its data: a CSV file"),
+        (
+            ["validate", "experiment=concrete", "validation.point=5"],
+            "validation.point=5: there is no such key. Did you mean validation.points",
+        ),
+        (["validate", "validation.subject=iris"], "validation.subject=iris: allowed: concrete, energy, mnist"),
+        (["trace", "experiment=concrete"], "validation.subject=concrete: brings no model, corpus and queries to trace"),
+        (["plan", "experiment=almanac"], "Allowed: whence validate, with the same settings"),
         (["trace", "--config-dir", "nowhere"], "--config-dir nowhere: there is no such folder"),
         (["trace", *GIVEN, "seed=1,2"], "seed=1,2: several values. Add --multirun"),
         (["trace", *GIVEN, "-m", "seed=1,x"], "seed=x: allowed: a whole number"),
@@ -296,7 +305,11 @@ def test_help_of_a_verb(capsys):
     assert "Must be given, on the command line or by an experiment: model.path, corpus.path, queries.path." in text
     assert "factors.blocks" in text
     assert main(["validate", "--help"]) == 0
-    assert "comes with a later release" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "usage: whence validate [group=option]" in text
+    needed = " ".join(text.partition("Must be given, on the command line or by an experiment: ")[2].split())
+    assert needed.startswith("validation.path of a data set or of facts; model.path, corpus.path and queries.path for")
+    assert "experiment=concrete" in text
 
 
 def test_version(capsys):
@@ -312,3 +325,41 @@ def test_neither_torch_nor_ray_is_imported(words):
     )
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.endswith(f"[{2 if 'factors.blocks=0' in words else 0}, []]")
+
+
+@pytest.fixture
+def validated(monkeypatch):
+    """A validation that only notes what it was asked for."""
+    calls = []
+
+    def run_validation(config, run_dir):
+        calls.append((config, Path(run_dir)))
+        return types.SimpleNamespace(table=lambda: f"table of {config.validation.subject.name}")
+
+    monkeypatch.setitem(sys.modules, "pipelines.validation.run", types.SimpleNamespace(run_validation=run_validation))
+    return calls
+
+
+def test_validate(validated, tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    assert main(["validate", "experiment=energy", "validation.path=mine.csv", "validation.points=7"]) == 0
+    assert capsys.readouterr().out == "table of energy\n"
+    config, run_dir = validated[0]
+    assert (config.validation.path, config.validation.points) == (str(tmp_path / "mine.csv"), 7)
+    assert run_dir.parent == tmp_path / "runs" / "validate_energy"
+    assert (run_dir / "validate.log").exists()
+
+
+def test_validations_are_named(validated, tmp_path):
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    assert main(["validate", "validation.path=mine.csv"]) == 0
+    assert main(["validate", "experiment=almanac"]) == 0
+    assert main(["validate", "experiment=almanac", "name=mine"]) == 0
+    assert [run_dir.parent.name for _, run_dir in validated] == ["validate", "validate_almanac", "mine"]
+
+
+def test_validations_of_several_data_sets_are_a_sweep(validated, tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    assert main(["validate", "-m", "experiment=concrete,energy", "validation.path=mine.csv"]) == 0
+    assert [config.validation.subject.name for config, _ in validated] == ["concrete", "energy"]
+    assert capsys.readouterr().out == "table of concrete\ntable of energy\n"
