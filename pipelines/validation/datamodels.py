@@ -1,6 +1,13 @@
 """Stage `datamodels`: the linear datamodeling score by training on random halves (`pipelines.validation.datamodeling`).
 
 S subsets, R trainings on each, T test examples, N training examples, M methods.
+
+Training again is not what damped influence answers for: θ stays near θˢ in the one, and starts afresh in the other.
+What K steps of SGD with rate η from some first weights have learnt of a direction of curvature g is 1 − (1 − ηg)ᴷ of
+what there is, about g / (g + 1/ηK): early stopping is a damping of 1/ηK (Ali et al. 2019), the same in every layer, and
+the L2 adds to it. The damping of the other studies, made for a response near θˢ, may be a thousand times smaller; exact
+solutions then count directions that no training gets to. So EK-FAC and the exact solution are also scored with that
+damping, and with multiples of the usual one.
 """
 
 from __future__ import annotations
@@ -15,14 +22,17 @@ from pipelines.steps import StageContext, StageResult
 from pipelines.validation.datamodeling import Datamodel, ceiling, datamodel, halves, predicted
 from pipelines.validation.dataset import RECORD
 from pipelines.validation.loading import MEASUREMENTS
+from pipelines.validation.methods import METHODS
 from pipelines.validation.problem import chosen
-from pipelines.validation.retraining import Retraining, measured, scored
+from pipelines.validation.retraining import EVERY_METHOD, Retraining, Scoring, measured, scored
 from pipelines.validation.training import TRAINING
 
 DOCUMENT = "datamodels.json"
 TENSORS = "datamodels.safetensors"
 LARGEST_TEST = 256  # test examples above which only the measurements are predicted
 REFERENCE = "ekfac"  # that the other methods are compared with
+DAMPED = ("ekfac", "exact")  # methods that are scored with other dampings
+MULTIPLES = (1.0, 10.0, 100.0, 1000.0)  # of the usual damping
 
 
 def run(context: StageContext) -> StageResult:
@@ -39,6 +49,8 @@ def run(context: StageContext) -> StageResult:
     `train` (N), `tests` (T); `methods`: METHOD: {`lds`, `interval`, `interval_subsets`, `lds_measurements` (over the
     measurements alone), `seconds` (of its scores)}; `differences`: METHOD: {`mean`, `interval`, `interval_subsets`} of
     its score minus that of EK-FAC; `ceiling`: as `datamodeling.Ceiling.as_json`, or None with a single training;
+    `dampings`: [{`multiple` of the usual damping, or None, `damping`: that of early stopping in every layer, or None,
+    `methods`: METHOD: {`lds`, `interval`, `interval_subsets`}}] for EK-FAC and the exact solution;
     `seconds`: {`retraining`, `scores`} of all tasks together. Without subsets only `subsets`: 0.
     """
     validation, output = context.config.validation, context.artifact
@@ -52,14 +64,17 @@ def run(context: StageContext) -> StageResult:
     runs = [Retraining(kept, repeat) for kept in subsets_SK for repeat in range(validation.retrainings)]
     measured_RT, seconds = measured(context, "halves", runs, tests_T)
     measured_SRT = measured_RT.view(validation.subsets, validation.retrainings, -1)
-    scores, scoring = scored(context, tests_T)
-    sums = {method: predicted(scores_TN, list(subsets_SK)) for method, scores_TN in scores.items()}
-    found = {method: datamodel(sums_TS, measured_SRT.mean(1).T, validation.seed) for method, sums_TS in sums.items()}
+    training = context.inputs["training"].read_json(TRAINING)
+    stopping = early_stopping(training, sizes["train"])
+    scores, scoring = scored(context, tests_T, (*EVERY_METHOD, *_damped(stopping)))
+    sums = {name: predicted(scores_TN, list(subsets_SK)) for name, scores_TN in scores.items()}
+    models = {name: datamodel(sums_TS, measured_SRT.mean(1).T, validation.seed) for name, sums_TS in sums.items()}
+    found = {method: models[method] for method in METHODS}
     output.write_tensors(
         TENSORS,
         {
             "measured_SRT": measured_SRT,
-            "predicted_MTS": torch.stack(list(sums.values())),
+            "predicted_MTS": torch.stack([sums[method] for method in METHODS]),
             "lds_MT": torch.stack([each.lds_T for each in found.values()]),
         },
     )
@@ -68,14 +83,47 @@ def run(context: StageContext) -> StageResult:
         "share": subsets_SK.shape[1] / sizes["train"],
         "retrainings": validation.retrainings,
         "epochs": validation.epochs,
-        **context.inputs["training"].read_json(TRAINING)["chosen"],
+        **training["chosen"],
         "train": sizes["train"],
         "tests": len(tests_T),
         **summary(found, measured_SRT, torch.isin(tests_T, picked), scoring, validation.seed),
+        "dampings": _by_damping(models, stopping),
         "seconds": {"retraining": seconds, "scores": sum(scoring.values())},
     }
     output.write_json(DOCUMENT, document)
     return StageResult({"subsets": validation.subsets, "trainings": len(runs)})
+
+
+def early_stopping(training: Mapping[str, Any], size: int) -> float:
+    """1/ηK + L2: the damping that K steps of SGD amount to.
+
+    Args:
+        training: the content of `training.json`.
+        size: training examples N.
+    """
+    steps = training["epochs"] * -(-size // training["batch"])
+    return 1 / (training["chosen"]["learning_rate"] * steps) + training["chosen"]["l2"]
+
+
+def _damped(stopping: float) -> list[Scoring]:
+    """Scores beside those of every method with the usual damping."""
+    multiples = [Scoring(method, multiple) for multiple in MULTIPLES if multiple != 1 for method in DAMPED]
+    return [*multiples, *(Scoring(method, None, stopping) for method in DAMPED)]
+
+
+def _by_damping(models: Mapping[str, Datamodel], stopping: float) -> list[dict[str, Any]]:
+    dampings: list[tuple[float | None, float | None]] = [
+        *((multiple, None) for multiple in MULTIPLES),
+        (None, stopping),
+    ]
+    return [
+        {
+            "multiple": multiple,
+            "damping": damping,
+            "methods": {method: models[Scoring(method, multiple, damping).name].as_json() for method in DAMPED},
+        }
+        for multiple, damping in dampings
+    ]
 
 
 def summary(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,29 +101,65 @@ def retrain_part(
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
-def scored(context: StageContext, tests_T: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Scores of all training examples on test examples by every method, float64 [T, N], and the seconds of each."""
+@dataclass(frozen=True)
+class Scoring:
+    """Scores to be had.
+
+    Attributes:
+        method: of the registry.
+        multiple: times the damping of all other studies; None where `damping` is given.
+        damping: the same λ in every layer.
+    """
+
+    method: str
+    multiple: float | None = 1.0
+    damping: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        if self.damping is not None:
+            return f"{self.method}-uniform"
+        return self.method if self.multiple == 1 else f"{self.method}-{self.multiple:g}"
+
+    def dampings(self, house: Mapping[str, float]) -> dict[str, float]:
+        """λ by layer."""
+        if self.damping is not None:
+            return dict.fromkeys(house, self.damping)
+        assert self.multiple is not None
+        return {layer: self.multiple * value for layer, value in house.items()}
+
+
+EVERY_METHOD = tuple(Scoring(method) for method in METHODS)
+
+
+def scored(
+    context: StageContext, tests_T: Tensor, scorings: Sequence[Scoring] = EVERY_METHOD
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Scores of all training examples on test examples, float64 [T, N], and the seconds of each, by name."""
     output, inputs = context.artifact, Inputs.of(context)
-    waiting = [method for method in METHODS if not output.exists(f"parts/scores/{method}.json")]
-    progress = context.progress("scores", len(METHODS), "methods")
-    progress.resume(len(METHODS) - len(waiting))
-    for _ in context.cluster.map(score_part, [(output, inputs, context.config, method, tests_T) for method in waiting]):
+    waiting = [scoring for scoring in scorings if not output.exists(f"parts/scores/{scoring.name}.json")]
+    progress = context.progress("scores", len(scorings), "methods")
+    progress.resume(len(scorings) - len(waiting))
+    arguments = [(output, inputs, context.config, scoring, tests_T) for scoring in waiting]
+    for _ in context.cluster.map(score_part, arguments):
         progress.advance(1)
     progress.close()
-    scores = {
-        method: output.read_tensors(f"parts/scores/{method}.safetensors")["scores_TN"].double() for method in METHODS
-    }
-    return scores, {method: output.read_json(f"parts/scores/{method}.json")["seconds"] for method in METHODS}
+    names = [scoring.name for scoring in scorings]
+    scores = {name: output.read_tensors(f"parts/scores/{name}.safetensors")["scores_TN"].double() for name in names}
+    return scores, {name: output.read_json(f"parts/scores/{name}.json")["seconds"] for name in names}
 
 
-def score_part(output: Artifact, inputs: Inputs, config: RunConfig, method: str, tests_T: Tensor) -> None:
+def score_part(output: Artifact, inputs: Inputs, config: RunConfig, scoring: Scoring, tests_T: Tensor) -> None:
     """The scores of one method. A Ray task."""
     start = time.perf_counter()
     problem = load_problem_from(inputs.dataset, inputs.training, config.validation)
     tensors = inputs.dataset.read_tensors(TENSORS)
     test = Examples(tensors["x_test"][tests_T], tensors["y_test"][tests_T])
     problem = dataclasses.replace(problem, points_P=torch.arange(problem.size), test=test)
-    found = estimate(method, setting_of(problem, inputs.curvature, config))
-    output.write_tensors(f"parts/scores/{method}.safetensors", {"scores_TN": found.scores_QP})
+    setting = setting_of(problem, inputs.curvature, config)
+    setting = dataclasses.replace(setting, damping=scoring.dampings(setting.damping))
+    found = estimate(scoring.method, setting)
+    output.write_tensors(f"parts/scores/{scoring.name}.safetensors", {"scores_TN": found.scores_QP})
     record: dict[str, Any] = {"record": found.record, "seconds": time.perf_counter() - start}
-    output.write_json(f"parts/scores/{method}.json", record)
+    output.write_json(f"parts/scores/{scoring.name}.json", record)

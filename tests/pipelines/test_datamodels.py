@@ -18,6 +18,7 @@ from pipelines.validation.learning import Recipe
 from pipelines.validation.loading import load_problem_from
 from pipelines.validation.methods import METHODS
 from pipelines.validation.networks import build
+from pipelines.validation.retraining import Scoring
 from tests.pipelines.retrained import SIZES, VALIDATION, InProcess, Killed, staged, table
 
 SUBSETS = 5
@@ -101,6 +102,10 @@ def test_document(whole: Artifact) -> None:
     for record in document["methods"].values():
         assert set(record) == {"lds", "interval", "interval_subsets", "lds_measurements", "seconds"}
         assert -1 <= record["interval"][0] <= record["lds"] <= record["interval"][1] <= 1
+    dampings = document["dampings"]
+    assert [record["multiple"] for record in dampings] == [1, 10, 100, 1000, None]
+    assert dampings[0]["methods"]["exact"]["lds"] == document["methods"]["exact"]["lds"]
+    assert len({record["methods"]["ekfac"]["lds"] for record in dampings}) > 1
     assert set(document["seconds"]) == {"retraining", "scores"}
 
 
@@ -116,8 +121,8 @@ def test_where_there_are_many_test_examples_only_measurements_count(
 
 
 def test_goes_on_where_it_was_cut_short(tmp_path: Path, whole: Artifact, inputs: Mapping[str, Artifact]) -> None:
-    """Three tasks of trainings (4, 4 and 2), then one a method."""
-    total = 3 + len(METHODS)
+    """Three tasks of trainings (4, 4 and 2), then one a method, and more with other dampings."""
+    total = 3 + len(METHODS) + len(datamodels.DAMPED) * len(datamodels.MULTIPLES)
     for fatal in (2, 3):
         with pytest.raises(Killed):
             found_by(tmp_path, inputs, InProcess(fatal))
@@ -126,6 +131,23 @@ def test_goes_on_where_it_was_cut_short(tmp_path: Path, whole: Artifact, inputs:
     assert last.done == total - 2 - 3
     for name, value in whole.read_tensors(datamodels.TENSORS).items():
         assert torch.equal(value, artifact.read_tensors(datamodels.TENSORS)[name])
+
+
+def test_early_stopping_is_a_damping() -> None:
+    """A direction of curvature g has learnt 1 − (1 − ηg)ᴷ, about g / (g + λ) for small and for large g."""
+    training = {"epochs": 10, "batch": 128, "chosen": {"learning_rate": 0.1, "l2": 0.01}}
+    damping = datamodels.early_stopping(training, 200) - 0.01
+    assert damping == pytest.approx(1 / (0.1 * 20))
+    for g in (1e-3, 1e-2, 5.0):
+        assert 1 - (1 - 0.1 * g) ** 20 == pytest.approx(g / (g + damping), rel=0.1)
+
+
+def test_dampings_by_layer() -> None:
+    house = {"first": 0.1, "second": 0.3}
+    assert Scoring("ekfac").name == "ekfac"
+    assert Scoring("ekfac", 10.0).dampings(house) == pytest.approx({"first": 1.0, "second": 3.0})
+    assert Scoring("ekfac", None, 0.7).dampings(house) == {"first": 0.7, "second": 0.7}
+    assert len({each.name for each in (Scoring("ekfac"), Scoring("ekfac", 10.0), Scoring("ekfac", None, 0.7))}) == 3
 
 
 def test_nothing_to_do(tmp_path: Path, inputs: Mapping[str, Artifact]) -> None:
