@@ -46,7 +46,10 @@ def network_document(name: str = "validate_concrete", subject: str = "concrete",
 
 def language_document(name: str = "validate_almanac", subject: str = "almanac") -> dict[str, Any]:
     """A validation of a language model that did everything."""
-    curve = [{"iterations": k, "pearson": statistic(0.9 + 0.09 * (1 - 0.6**k), 0.02)} for k in range(1, 11)]
+    curve = [
+        {"iterations": k, "pearson": statistic(0.9 + 0.09 * (1 - 0.6**k), 0.02), "lds": statistic(0.3)}
+        for k in range(1, 13)
+    ]
     network = network_document()["studies"]
     studies = {
         "model": {"kind": "language", "facts": [["training sequences", "600, of 600 documents"]], "warnings": []},
@@ -159,6 +162,10 @@ def _datamodels(shift: float) -> dict[str, Any]:
         "unit": "training examples",
         "methods": methods,
         "ceiling": statistic(0.62, 0.02),
+        "dampings": [
+            {"multiple": 1.0, "damping": None, "methods": {"ekfac": statistic(0.21), "exact": statistic(0.1)}},
+            {"multiple": None, "damping": 2e-3, "methods": {"ekfac": statistic(0.22), "exact": statistic(0.21)}},
+        ],
         "seconds": {"retraining": 300.0},
     }
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from pipelines.plots.validation import Estimate, Plane, Series, below, dependence, method_bars, planes, wall_clock
+from pipelines.validation.presentation.tables import Document
 from pipelines.validation.presentation.wording import BLOCKS, METHODS, colour, method, title
 
-Document = Mapping[str, Any]
 Drawn = tuple[str, str, Figure]
 Statistic = Mapping[str, Any]
 
@@ -186,27 +186,33 @@ def _quiet(found: Statistic, runs: Mapping[str, Any]) -> Estimate:
 
 
 def _lines(documents: Sequence[Document], names: Sequence[str]) -> Iterator[Drawn]:
-    ranks, iterations, sizes = [], [], []
-    for name, document in zip(names, documents, strict=True):
-        studies = document["studies"]
-        if found := studies.get("ranks"):
-            rows = [row for row in found["rows"] if row["rank"] is not None]
+    runs = list(zip(names, (document["studies"] for document in documents), strict=True))
+    ranks = []
+    for name, studies in runs:
+        rows = [row for row in (studies.get("ranks") or {"rows": []})["rows"] if row["rank"] is not None]
+        if rows:
             ranks.append(Series(name, [row["rank"] for row in rows], [estimate(row["pearson"]) for row in rows]))
-        if found := studies.get("iterations"):
-            values = [_without_values(estimate(row["pearson"])) for row in found]
-            iterations.append(Series(name, [row["iterations"] for row in found], values))
-        if found := studies.get("sizes"):
-            sizes += _size_series(name if len(documents) > 1 else "", found)
     if ranks:
         figure = dependence({"correlation with full rank": ranks}, label="rank of the queries", limit=1.0)
         yield "ranks", "Scores by queries of low rank against full rank, a dot a query (Figure 3).", figure
+    iterations = {}
+    for key, label in (("pearson", PBRF), ("lds", "linear datamodeling score")):
+        given = [(name, studies["iterations"]) for name, studies in runs if studies.get("iterations")]
+        series = [_iteration_series(name, rows, key) for name, rows in given if any(row[key] for row in rows)]
+        iterations |= {label: series} if series else {}
     if iterations:
-        figure = dependence({PBRF: iterations}, label="iterations of conjugate gradients", limit=1.0)
+        figure = dependence(iterations, label="iterations of conjugate gradients")
         yield "iterations", f"EK-FAC refined by conjugate gradients; {INTERVAL}.", figure
+    sizes = [(name, studies["sizes"]) for name, studies in runs if studies.get("sizes")]
     if sizes:
-        unit = next(found["unit"] for document in documents if (found := document["studies"].get("sizes")))
-        figure = dependence({"correlation of scores": sizes}, label=f"{unit} a fit", limit=1.0)
+        series = [each for name, found in sizes for each in _size_series(name if len(runs) > 1 else "", found)]
+        figure = dependence({"correlation of scores": series}, label=f"{sizes[0][1]['unit']} a fit", limit=1.0)
         yield "sizes", f"Agreement of fits of the factors by the size of their sample; {INTERVAL}.", figure
+
+
+def _iteration_series(name: str, rows: Sequence[Mapping[str, Any]], key: str) -> Series:
+    known = [row for row in rows if row[key]]
+    return Series(name, [row["iterations"] for row in known], [_without_values(estimate(row[key])) for row in known])
 
 
 def _size_series(name: str, found: Mapping[str, Any]) -> list[Series]:

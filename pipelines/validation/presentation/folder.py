@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipelines.export import PLOTS, TABLES, write_csv
 from pipelines.plots import save
@@ -12,9 +11,7 @@ from pipelines.validation.presentation.figures import PAIRS, figures
 from pipelines.validation.presentation.markdown import markdown
 from pipelines.validation.presentation.page import Picture, write_page
 from pipelines.validation.presentation.sections import sections
-from pipelines.validation.presentation.tables import flat
-
-Document = Mapping[str, Any]
+from pipelines.validation.presentation.tables import Document, flat
 
 
 def write_folder(folder: Path, document: Document) -> None:

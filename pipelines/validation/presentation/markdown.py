@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pipelines.plots.style import safe
 from pipelines.validation.presentation.sections import headline, sections
-from pipelines.validation.presentation.tables import Section, written
+from pipelines.validation.presentation.tables import Document, Section, written
 from pipelines.validation.presentation.wording import SUBJECTS
 
-Document = Mapping[str, Any]
 WIDTH = 118
 
 

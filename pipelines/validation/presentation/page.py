@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from pipelines.comparing.page import text
 from pipelines.report.rendering import style_text
 from pipelines.validation.presentation.markdown import called
 from pipelines.validation.presentation.sections import headline, sections
-from pipelines.validation.presentation.tables import Column, Section, written
+from pipelines.validation.presentation.tables import Column, Document, Section, written
 
-Document = Mapping[str, Any]
 BROAD = 7.0  # inches, above which a plot gets a row of its own
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines.validation.presentation.figures import labels
 from pipelines.validation.presentation.sections import warnings
-from pipelines.validation.presentation.tables import Column, Section
+from pipelines.validation.presentation.tables import INTERVAL, Column, Document, Section
 from pipelines.validation.presentation.wording import BLOCKS, METHODS, method, pair
 
-Document = Mapping[str, Any]
 Values = Mapping[str, Any]
-
-INTERVAL = "Brackets are 95 % intervals."
 
 
 def several(documents: Sequence[Document]) -> list[Section]:
@@ -64,6 +62,28 @@ def _sections(documents: Sequence[Document]) -> Iterator[Section]:
     )
     yield _table(
         documents,
+        ("blocks", "Block-diagonal factors"),
+        "blocks",
+        lambda study: {f"{row['blocks']}": row["agreement"] for row in study["rows"]},
+        "Correlation of EK-FAC with the PBRF (with whole factors, where no response was measured) by the diagonal "
+        f"blocks of its factors, which take one over so much memory. {INTERVAL}",
+        called=str,
+        head="blocks",
+        figures=("blocks",),
+    )
+    yield _table(
+        documents,
+        ("sizes", "How much data the factors need"),
+        "sizes",
+        lambda study: {_share(row["size"], study["total"]): row["between"] for row in reversed(study["rows"])},
+        "Correlation of the scores of two fits on disjoint samples, by the share of the training examples that each "
+        f"of them has. {INTERVAL}",
+        called=str,
+        head="share",
+        figures=("sizes",),
+    )
+    yield _table(
+        documents,
         ("tracing", "Fact tracing"),
         "tracing",
         lambda study: {name: record["recall"] for name, record in study["methods"].items()},
@@ -71,6 +91,11 @@ def _sections(documents: Sequence[Document]) -> Iterator[Section]:
         figures=("tracing",),
     )
     yield _runs(documents)
+
+
+def _share(size: int, total: int) -> str:
+    """1/2, 1/4 ...: samples are halved again and again, so the nearest one is meant."""
+    return f"1/{2 ** round(math.log2(total / size))}"
 
 
 def _table(
@@ -82,6 +107,7 @@ def _table(
     *,
     kind: str = "mean",
     called: Callable[[str], str] = method,
+    head: str = "",
     figures: Sequence[str] = (),
 ) -> Section:
     name, title = names
@@ -94,7 +120,7 @@ def _table(
     order = {key: place for place, key in enumerate(METHODS)}
     keys.sort(key=lambda key: order.get(key, len(order)))
     rows = [{"what": called(key), **{label: each.get(key) for label, each in found.items()}} for key in keys]
-    first = "methods" if called is pair else "method"
+    first = head or ("methods" if called is pair else "method")
     columns = [Column("what", first), *(Column(label, label, kind) for label in found)]
     return Section(name, title, [about], columns, rows, (), figures)
 

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+Document = Mapping[str, Any]
+Row = dict[str, Any]
+
+INTERVAL = "Brackets are 95 % intervals."
 NONE = "–"
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -31,6 +35,9 @@ class Column:
     def numeric(self) -> bool:
         """Whether it is set flush right."""
         return self.kind != "text"
+
+
+METHOD = Column("method", "method")
 
 
 @dataclass(frozen=True)

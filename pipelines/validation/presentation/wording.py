@@ -17,6 +17,7 @@ METHODS = {
     "bm25": "BM25",
     "bm25_ekfac": "BM25 → EK-FAC",
     "random": "random order",
+    "pbo": "measured response",
 }
 COLOURS = {
     "identity": CATEGORIES[6],

@@ -17,9 +17,9 @@ null) and `values` (of single measurements or queries, may be empty); S? may be 
 - `response`: how it was measured: `epsilon`, `linearity`, `gradients`, `tolerance`, `converged`, `facts`, `warnings`.
 - `cost`: `measurements`, `threads`, `methods`: METHOD: {`seconds` and `cpu_seconds`: {`fit`, `solve`, ..., `total`},
   `bytes`, `products`, `residual`, `notes`}.
-- `iterations`: of conjugate gradients, each {`iterations`, `pearson`: S}, its correlation with the response.
+- `iterations`: of conjugate gradients, each {`iterations`, `pearson`: S?, with the response, `lds`: S?}.
 - `datamodels`: `subsets`, `share`, `retrainings`, `unit`, `methods`: METHOD: {`lds`: S, `tests`: S?, `difference`: S?},
-  `ceiling`: S?.
+  `ceiling`: S?, `dampings`: each {`multiple`, `damping`, `methods`: METHOD: S}.
 - `removal`: `share`, `dropped`, `retrainings`, `unit`, `measured`, `methods`: METHOD: {`change`: S, `over_random`: S?,
   `over_bm25`: S?, `wins`}.
 - `tracing`: `k`, `documents`, `queries`, `methods`: METHOD: {`recall`: S, `reciprocal_rank`: S, `difference`: S?}.

@@ -85,7 +85,7 @@ def _language(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     if responses := record("language_responses", "responses.json"):
         found["agreement"] = language.agreement(responses)
         found["response"] = response(responses)
-        found["iterations"] = language.iterations(responses)
+    found["iterations"] = language.iterations(responses, record("language_datamodels", "datamodels.json"))
     readers = (
         ("language_datamodels", "datamodels", language.datamodels),
         ("language_removal", "removal", language.removal),

@@ -45,10 +45,18 @@ def agreement(responses: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def iterations(responses: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Correlation with the response by iterations of conjugate gradients."""
-    curve = responses.get("curve") or []
-    return [{"iterations": point["iterations"], "pearson": statistic(point)} for point in curve] or None
+def iterations(
+    responses: Mapping[str, Any] | None, datamodels: Mapping[str, Any] | None
+) -> list[dict[str, Any]] | None:
+    """Correlation with the response, and linear datamodeling score, by iterations of conjugate gradients."""
+    rows: dict[int, dict[str, Any]] = {}
+    for found, key in ((responses, "pearson"), (datamodels, "lds")):
+        for point in (found or {}).get("curve") or []:
+            row = rows.setdefault(
+                point["iterations"], {"iterations": point["iterations"], "pearson": None, "lds": None}
+            )
+            row[key] = statistic(point)
+    return [rows[count] for count in sorted(rows)] or None
 
 
 def cost(scores: Mapping[str, Any], solves: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -110,6 +118,7 @@ def datamodels(found: Mapping[str, Any]) -> dict[str, Any] | None:
         "unit": "documents",
         "methods": methods,
         "ceiling": ceiling and statistic(ceiling),
+        "dampings": [],
         "seconds": {"retraining": found.get("seconds")},
     }
 

@@ -145,8 +145,15 @@ def datamodels(found: Mapping[str, Any]) -> dict[str, Any] | None:
         "unit": "training examples",
         "methods": methods,
         "ceiling": ceiling and statistic(ceiling["ceiling"], ceiling.get("interval")),
+        "dampings": [_damped(row) for row in found.get("dampings") or []],
         "seconds": found["seconds"],
     }
+
+
+def _damped(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores with another damping."""
+    methods = {name: statistic(each["lds"], each["interval_subsets"]) for name, each in row["methods"].items()}
+    return {"multiple": row["multiple"], "damping": row["damping"], "methods": methods}
 
 
 def removal(found: Mapping[str, Any]) -> dict[str, Any] | None:
