@@ -28,7 +28,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 PACKAGES = ("conf", "influence", "actors", "pipelines")
 FOLDERS = (*PACKAGES, "tests", "benchmarks", "docs")
 FLAGS = {"--multirun", "-m", "--resolve", "--help", "--version"}
-SETTING = re.compile(rf"(?<![\w./])(?:{'|'.join(GROUPS)})\.(?!py\b|csv\b|jsonl?\b|ya?ml\b|html\b|parquet\b)\w+")
+SETTING = re.compile(rf"(?<![\w./])(?:{'|'.join(GROUPS)})\.(?!py\b|md\b|csv\b|jsonl?\b|ya?ml\b|html\b|parquet\b)\w+")
 OPTION = re.compile(rf"({'|'.join(GROUPS)})=(\w+)")
 FILE = re.compile(rf"(?:(?:{'|'.join(FOLDERS)})/[\w./-]+|[\w-]+\.(?:yaml|toml|txt)|Makefile)")
 SYMBOL = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
@@ -231,7 +231,7 @@ def test_messages_of_the_guide_are_those_of_the_code() -> None:
 def test_python_json_and_yaml_parse(page: Path) -> None:
     for block in blocks(page, "python"):
         for node in ast.walk(ast.parse(block.text)):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "trace":
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("trace", "validate"):
                 check_command([ast.literal_eval(argument) for argument in node.args], complete=False)
     for block in blocks(page, "json"):
         for line in block.text.splitlines():
