@@ -30,6 +30,7 @@ from pipelines.plots import (
     survival,
     token_map,
 )
+from pipelines.plots.style import number as number_text
 from pipelines.report.reading import RunFolder, read_run
 
 log = logging.getLogger(__name__)
@@ -331,7 +332,8 @@ def _maps(run: RunFolder) -> Iterator[tuple[str, TokenMap]]:
     for query in run.summary["queries"][:MAPS]:
         for side, found in run.attributions(query["query_id"], 1):
             if side == "top":
-                title = f"{query['query_id']}: sequence {found.row['sequence_id']}, influence {found.row['score']:.4g}"
+                score = number_text(float(f"{found.row['score']:.4g}"))
+                title = f"{query['query_id']}: sequence {found.row['sequence_id']}, influence {score}"
                 yield (
                     query["query_id"],
                     TokenMap(title, found.pieces, names, binned(found.matrix_TL, bins_L, len(names))),

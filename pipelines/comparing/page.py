@@ -30,6 +30,10 @@ main h2 { font: 600 1.25rem/1.3 var(--serif); margin: 2.5rem 0 .7rem; }
 .plots figure.broad { grid-column: 1 / -1; }
 .plots img { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .6rem; }
 .plots img { display: block; height: auto; max-width: 100%; }
+@media screen and (max-width: 44rem) {
+  .plots .broad { overflow-x: auto; } .plots .broad img { max-width: none; width: 44rem; }
+  .plots .broad figcaption { left: 0; max-width: calc(100vw - 1.6rem); position: sticky; }
+}
 .plots figcaption { color: var(--soft); font-size: .85rem; margin-top: .3rem; max-width: 46rem; }
 .side { table-layout: fixed; }
 .side th:first-child, .side td:first-child { width: 3rem; }

@@ -140,7 +140,7 @@ def _sums(above: Axes, beside: Axes, matrix_GT: np.ndarray) -> None:
     beside.barh(np.arange(groups), by_group, height=0.8, color=np.where(by_group >= 0, POSITIVE, NEGATIVE).tolist())
     above.set_xlim(-0.5, tokens - 0.5)
     for place, axis in ((above, above.yaxis), (beside, beside.xaxis)):
-        axis.set_major_locator(MaxNLocator(3))
+        axis.set_major_locator(MaxNLocator(3 if place is above else 2))
         axis.set_major_formatter(FuncFormatter(lambda value, _: number(float(f"{value:.3g}"))))
         place.tick_params(labelsize=7)
     above.axhline(0, color=SOFT, lw=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from pipelines.plots.style import CATEGORIES, INK, SOFT, number, panels, safe, s
 
 COLUMNS = 4
 MARKED = 10
+ACROSS, UPWARDS = 17, 40  # characters of a line below a run, and beside the axis
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,17 @@ def correlations(
     for x, mean in zip(at, means, strict=True):
         if not np.isnan(mean):
             place.text(x + 0.2, mean, f"{mean:.3f}", va="center", fontsize=8)
-    place.set_xticks(at, [safe(name, 34) for name in columns])
-    if max(map(len, columns), default=0) > 22:
-        place.tick_params(axis="x", rotation=25)
+    place.set_xticks(at, [_lines(name, ACROSS) for name in columns])
     place.set_xlim(-0.5, len(columns) - 0.5)
     if limit is not None and table_QC.size:
         low = float(np.nanmin(table_QC)) if not np.isnan(table_QC).all() else 0.0
         room = 0.06 * max(limit - low, 1e-3)
         place.set_ylim(low - room, limit + room)
-    place.set_ylabel(safe(label))
+    place.set_ylabel(_lines(label, UPWARDS))
     place.grid(visible=False, axis="x")
     return figure
+
+
+def _lines(text: str, width: int) -> str:
+    """Text in lines of so many characters, four at most."""
+    return "\n".join(textwrap.wrap(safe(text, 4 * width), width, max_lines=4, placeholder=" …")) or " "

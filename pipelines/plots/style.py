@@ -26,7 +26,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 POSITIVE, NEGATIVE = "#b8321f", "#00798c"  # red and teal: influence that raises f, and that lowers it
 INK, SOFT, LINE = "#1f2328", "#6b7280", "#d0d7de"
@@ -204,9 +204,9 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         text.set_text(visible(text.get_text()))  # type: ignore[attr-defined]
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            formatter = axis.get_major_formatter()
-            if isinstance(formatter, FixedFormatter):
-                axis.set_major_formatter(FixedFormatter([visible(text) for text in formatter.seq]))
+            if isinstance(axis.get_major_locator(), FixedLocator):  # names at ticks, which are made anew by drawing
+                names = axis.get_major_formatter().format_ticks(list(axis.get_majorticklocs()))
+                axis.set_major_formatter(FixedFormatter([visible(name) for name in names]))
     with rc():
         figure.savefig(raster, format="png", dpi=DPI, metadata={"Software": None})
     return [vector, raster]

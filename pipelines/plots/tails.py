@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from pipelines.plots.style import CATEGORIES, DASHES, INK, LINE, SOFT, legend, panels, powers, safe, styled
 
 FEEDS = {"unfiltered": (CATEGORIES[0], "o"), "bm25": (CATEGORIES[1], "s")}  # by colour and by shape
+NAMES = {"bm25": "BM25"}
 COLUMNS = 4
 MANY = len(CATEGORIES) * len(DASHES)
 
@@ -76,7 +77,7 @@ def survival(tails: Sequence[Tail]) -> Figure:
         place.set_xscale("log")
         place.set_yscale("log")
         for feed, curve in tail.curves.items():
-            handles[feed] = _points(place, feed, curve)
+            handles[NAMES.get(feed, feed)] = _points(place, feed, curve)
         if tail.fit:
             handles["power law"] = _line(place, tail.fit, tail.curves["unfiltered"])
         if tail.note:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pipelines.probing.table import number as number_text
+from pipelines.probing.layers import BARS, section
+from pipelines.probing.markup import escaped, minus
+from pipelines.probing.table import number as plain_number
 from pipelines.stages.agreement import shown
 
 LEVELS = 12  # of colour on either side
@@ -28,7 +29,11 @@ REMINDER = (
 
 
 def write_page(
-    path: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str | None = None
+    path: Path,
+    summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    layers: Sequence[str] = (),
+    title: str | None = None,
 ) -> None:
     """Write the page.
 
@@ -36,15 +41,17 @@ def write_page(
         path: the file.
         summary: the run's summary.
         rows: of `probe.parquet`.
+        layers: names of the layers, in the order of the rows' shares.
         title: of the page; None is the name of the run.
     """
-    title = title or f"whence probe: {summary['name']}"
+    title = f"Probes: {title}" if title else f"whence probe: {summary['name']}"
     body = [f"<h1>{escaped(title)}</h1>", _overview(summary)]
     if len(summary["probes"]) > 1:
         body.append(_over_probes(summary["partitions"], len(summary["probes"])))
     body += [_index(summary["probes"]), _legend()]
     for number, probe in enumerate(summary["probes"]):
-        body.append(_probe(number, probe, [row for row in rows if row["probe_id"] == probe["probe_id"]]))
+        mine = [row for row in rows if row["probe_id"] == probe["probe_id"]]
+        body += [_probe(number, probe, mine), section(mine, list(probe["partitions"]), layers)]
     digest = base64.b64encode(hashlib.sha256(style().encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     page = (
@@ -66,13 +73,13 @@ def style() -> str:
             mark = f" border-bottom: 2px {line} rgb(var(--{sign}));" if level >= MARKED else ""
             shade = STRONGEST * level / LEVELS
             lines.append(f".{sign}{level} {{ background: rgb(var(--{sign}) / {shade:.3f});{mark} }}")
+    lines += [f".wide{width} {{ flex: {width} 0 0; }}" for width in range(1, BARS + 1)]
     return fixed + "\n".join(lines) + "\n"
 
 
-def escaped(value: object) -> str:
-    """Text for HTML; control characters, which have no place there, become visible replacement marks."""
-    cleaned = "".join(char if char in "\n\t" or char >= " " else "\ufffd" for char in str(value))
-    return html.escape(cleaned.replace("\x7f", "\ufffd"))
+def number_text(value: float | None) -> str:
+    """A score with a real minus sign."""
+    return minus(plain_number(value))
 
 
 def heat_class(value: float, scale: float) -> str:
@@ -129,7 +136,7 @@ def _over_probes(partitions: Mapping[str, Mapping[str, Any]], probes: int) -> st
     lines = [_heads("partition", "median over probes, 95 % interval", "median", "below")]
     for name, found in partitions.items():
         below = "" if found["below"] is None else f"{found['below']} of {found['defined']}"
-        median = "–" if found["median"] is None else f"{found['median']:.2f}"
+        median = "–" if found["median"] is None else minus(f"{found['median']:.2f}")
         label = f"{escaped(name)} <small>({found['probes']} probes)</small>"
         bar = _bar(found["median"], low, high, found["interval"])
         lines.append(_row(label, bar, median, below))
@@ -142,7 +149,7 @@ def _probe(number: int, probe: Mapping[str, Any], rows: Sequence[Mapping[str, An
     scores = [row["score"] for row in rows if row["score"] is not None]
     low, high = min(0.0, *scores, 0.0), max(0.0, *scores, 0.0)
     tokens = [abs(value) for row in rows for value in row["tokens"] if math.isfinite(value)]
-    note = f"measured value {probe['measured']:.4f} nats"
+    note = f"measured value {minus(format(probe['measured'], '.4f'))} nats"
     if probe["others"]["range"]:
         ends = " to ".join(number_text(end) for end in probe["others"]["range"])
         note += f" · 95 % of the {probe['others']['sequences']:,} sequences of other probes score {ends} here"
@@ -155,7 +162,7 @@ def _probe(number: int, probe: Mapping[str, Any], rows: Sequence[Mapping[str, An
     for name, found in probe["partitions"].items():
         mark = "reference" if name == probe["reference"] else ""
         mean = "" if found["mean"] is None else f"mean {number_text(found['mean'])}"
-        ratio = "" if found["relative"] is None else f"relative {found['relative']:.2f}"
+        ratio = "" if found["relative"] is None else f"relative {minus(format(found['relative'], '.2f'))}"
         about = " · ".join(part for part in (mark, mean, ratio) if part)
         parts.append(f"<h3>{escaped(name)} <small>{escaped(about)}</small></h3>")
         parts += [_sequence(row, max(tokens, default=0.0), low, high) for row in rows if row["partition"] == name]
@@ -163,7 +170,7 @@ def _probe(number: int, probe: Mapping[str, Any], rows: Sequence[Mapping[str, An
 
 
 def _sequence(row: Mapping[str, Any], scale: float, low: float, high: float) -> str:
-    ratio = "–" if row["relative"] is None else f"{row['relative']:.2f}"
+    ratio = "–" if row["relative"] is None else minus(f"{row['relative']:.2f}")
     return _row(
         _heat(row["pieces"], row["tokens"], scale), _bar(row["score"], low, high), number_text(row["score"]), ratio
     )
@@ -175,7 +182,7 @@ def _heat(pieces: Sequence[str], values: Sequence[float], scale: float) -> str:
         following = f" · predicts “{pieces[position + 1]}”" if position + 1 < len(pieces) else ""
         colour = heat_class(value, scale)
         attribute = f' class="{colour}"' if colour else ""
-        spans.append(f'<span{attribute} title="{escaped(f"{value:.4g}{following}")}">{escaped(piece)}</span>')
+        spans.append(f'<span{attribute} title="{minus(f"{value:.4g}")}{escaped(following)}">{escaped(piece)}</span>')
     return "".join(spans)
 
 

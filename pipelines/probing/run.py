@@ -98,7 +98,7 @@ def run_probe(config: RunConfig, run_dir: str | Path) -> ProbeResult:
     write_tables(folder, rows, [probe.probe_id for probe in probes], layers)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_figures(folder, summary, rows)
-    write_page(folder / "probe.html", summary, rows, config.report.title)
+    write_page(folder / "probe.html", summary, rows, layers, config.report.title)
     log.info("page of the probes: %s", folder / "probe.html")
     return ProbeResult(folder, summary, outcomes)
 

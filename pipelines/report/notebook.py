@@ -19,6 +19,7 @@ SHOWN = 3  # sequences a query
 QUERIES = 12
 TOKENS = 48  # of each sequence, around the strongest
 FAINT = 0.04  # share of the strongest token below which nothing is coloured
+CLEAR = 0.15  # from it on, what lowers the measurement is underlined too: colours are not told apart by everyone
 POSITIVE, NEGATIVE = "239,90,69", "40,160,150"  # red raises the measurement, teal lowers it
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -46,10 +47,14 @@ def _query(run: RunFolder, query: Mapping[str, Any]) -> list[str]:
     for row in run.rows.get((name, "top"), []):
         text = texts.get(row["sequence_id"]) or _escaped(row["text"][:300])
         lines.append(
-            f"<tr><td>{row['rank']}<td>{row['score']:.4g}<td>{_escaped(row['feed'])}<td>{row['sequence_id']}"
+            f"<tr><td>{row['rank']}<td>{_score(row['score'])}<td>{_escaped(row['feed'])}<td>{row['sequence_id']}"
             f"<td style='text-align:left;white-space:pre-wrap'><bdi>{text}</bdi></tr>"
         )
     return lines
+
+
+def _score(value: float) -> str:
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", "\u2212")
 
 
 def heat(pieces: Sequence[str], values_T: np.ndarray, tokens: int = TOKENS) -> str:
@@ -67,17 +72,17 @@ def _coloured(piece: str, share: float, value: float) -> str:
     if not text or not abs(share) >= FAINT:
         return text
     colour = POSITIVE if share > 0 else NEGATIVE
-    return (
-        f'<span style="background:rgba({colour},{min(1.0, abs(share)) * 0.8:.2f})" title="{value:+.4g}">{text}</span>'
-    )
+    dashed = ";border-bottom:1px dashed" if share <= -CLEAR else ""
+    shade = f"background:rgba({colour},{min(1.0, abs(share)) * 0.8:.2f})"
+    return f'<span style="{shade}{dashed}" title="{value:+.4g}">{text}</span>'
 
 
 def _legend(run: RunFolder) -> str:
     if not run.attributed:
         return ""
     return (
-        "<p>Red raises what the query measures, teal lowers it; full colour is the strongest token of each sequence. "
-        "The token highlighted is the one before the token predicted.</p>"
+        "<p>Red raises what the query measures, teal (dashed) lowers it; full colour is the strongest token of each "
+        "sequence. The token highlighted is the one before the token predicted.</p>"
     )
 
 

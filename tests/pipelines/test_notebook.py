@@ -33,6 +33,8 @@ def test_what_a_notebook_shows_is_escaped(tmp_path: Path):
     assert ours.tags == plain.tags
     assert ours.text.count("<img src=x onerror=alert(1)>") == 5
     assert not re.search("[\x1b\u202e]", ours.text)
+    write_plain_run(tmp_path / "c", summary_of(queries=[query("one")]), [row("one", 1, score=-12345.6)])
+    assert "<td>\u221212,346<td>" in result_of(tmp_path / "c")._repr_html_()
     assert plain.tags.count("tr") == 3  # the head, the query, its first sequence; the fourth is beyond what is shown
 
 
@@ -54,6 +56,7 @@ def test_colours_are_shares_of_the_strongest_token():
         ("239,90,69", "0.20"),
     ]
     assert "</span> c<span" in text  # too faint for a colour
+    assert [part.count("dashed") for part in text.split("</span>")] == [0, 1, 0, 0]  # what lowers it, underlined
     long = heat([f" {n}" for n in range(100)], np.eye(100, dtype=np.float32)[70], tokens=10)
     assert Markup(long).text == "…  65 66 67 68 69 70 71 72 73 74 …"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
@@ -249,6 +250,20 @@ def test_correlations_have_a_mean_of_what_is_defined():
     axes = correlations(["B", "C"], {"q": [0.8, None], "r": [0.6, 0.5]}, label="r", limit=1.0).axes[0]
     np.testing.assert_allclose(axes.lines[-1].get_ydata(), [0.7, 0.5])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["B", "C"]
+
+
+def test_long_names_of_runs_stay_inside_the_figure():
+    names = [f"{letter}: solver=ekfac_cg, rank=32, damping factor=0.001" for letter in "BC"]
+    label = "Pearson's correlation with A: solver=identity, rank=32, blocks=4"
+    figure = correlations(names, {"q": [0.8, 0.7]}, label=label)
+    FigureCanvasAgg(figure).draw()
+    (axes,), frame = figure.axes, figure.bbox
+    for text in (axes.yaxis.label, *axes.get_xticklabels()):
+        box = text.get_window_extent()
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+    first, second = (text.get_window_extent() for text in axes.get_xticklabels())
+    assert first.x1 < second.x0
 
 
 @pytest.mark.parametrize(

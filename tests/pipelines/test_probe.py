@@ -22,9 +22,11 @@ from pipelines.almanac.train import UNKNOWN, train_tokenizer
 from pipelines.almanac.world import World, WorldSpec, generate
 from pipelines.command import main
 from pipelines.probing.figures import partition_bars, sequence_bars, write_figures
+from pipelines.probing.layers import BARS, section, shares
 from pipelines.probing.measures import by_partition, mean, median_interval, over_probes, range_of, relative
 from pipelines.probing.page import LEVELS, heat_class, write_page
 from pipelines.probing.table import render_table, write_tables
+from pipelines.report.packing import MapRows
 
 HOSTILE = "<script>alert(1)</script></style>\"'&amp; \u202e\u0000\u001b[2J <!-- אב 引力 \U0001f600"
 NOTHING = {"sequences": 0, "range": None}
@@ -179,8 +181,11 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
+LAYERS = ["model.layers.0.up_proj", "model.layers.1.up_proj"]
+
+
 def page_of(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    write_page(folder / "probe.html", summary, rows)
+    write_page(folder / "probe.html", summary, rows, LAYERS)
     return (folder / "probe.html").read_text(encoding="utf-8")
 
 
@@ -207,11 +212,53 @@ def test_the_page_shows_what_was_probed_and_nothing_comes_alive(tmp_path: Path):
 def test_bars_start_at_zero_on_an_axis_of_the_probe(tmp_path: Path):
     probe = probe_of("one", "a", a=1.0, b=-0.5)
     page = page_of(tmp_path, summary_of(probe), [row_of("one", "a", 1, 3.0), row_of("one", "b", 1, -1.0)])
-    bars = [attrs for tag, attrs in Reader(page).tags if tag == "rect"]
+    bars = [attrs for tag, attrs in Reader(page.partition("<details")[0]).tags if tag == "rect"]
     assert [(bar["x"], bar["width"], bar.get("class")) for bar in bars] == [
         ("25.00", "75.00", None),
         ("0.00", "25.00", "minus"),
     ]
+
+
+def test_shares_of_layers_are_means_over_sequences_that_count_the_same():
+    layers = [[3.0, -1.0, 0.0], [10.0, 10.0, -20.0], [0.0, 0.0, 0.0], [math.nan, 1.0, 1.0]]
+    each = MapRows(("a", "b", "c"), ("a", "b", "c"), np.eye(3, dtype=np.float32))
+    found = shares(layers, each)
+    assert [share.plus for share in found] == pytest.approx([(0.75 + 0.25) / 2, 0.25 / 2, 0.0])
+    assert [share.minus for share in found] == pytest.approx([0.0, 0.25 / 2, 0.5 / 2])
+    assert [share.mean for share in found] == pytest.approx([6.5, 4.5, -10.0])
+    assert sum(share.plus + share.minus for share in found) == pytest.approx(1.0)
+    together = MapRows(("a – b", "c"), ("a – b", "c"), np.array([[1, 0], [1, 0], [0, 1]], np.float32))
+    assert [share.plus for share in shares(layers, together)] == pytest.approx([(1.0 + 0.5) / 2, 0.0])
+    assert shares([[0.0, 0.0, 0.0]], each) == shares([], each) == []
+
+
+def test_the_page_shows_the_layers_of_each_partition(tmp_path: Path):
+    probe = probe_of("one", "a", a=1.0, **{HOSTILE: -0.5})
+    rows = [row_of("one", "a", 1, 2.0) | {"layers": [3.0, -1.0]}, row_of("one", HOSTILE, 1, -1.0, HOSTILE)]
+    page = page_of(tmp_path, summary_of(probe), rows)
+    part = page[page.index("<details") : page.index("</details>")]
+    read = Reader(part)
+    bars = [attrs for tag, attrs in read.tags if tag == "rect"]
+    assert [(bar["y"], bar["height"], bar.get("class")) for bar in bars] == [
+        ("0.00", "60.00", None),  # the first layer raises by 75 % of the first sequence's, the most there is
+        ("60.00", "0.00", "minus"),
+        ("60.00", "0.00", None),
+        ("60.00", "20.00", "minus"),
+        ("60.00", "0.00", None),
+        ("60.00", "40.00", "minus"),
+        ("60.00", "0.00", None),
+        ("60.00", "40.00", "minus"),
+    ]
+    assert "block 0 · up_proj: raises 75 %, lowers 0 %, mean influence 3" in part
+    assert "block 1 · up_proj: raises 0 %, lowers 25 %, mean influence \u22121" in part
+    assert HOSTILE.replace("\0", "\ufffd").replace("\x1b", "\ufffd") in "".join(read.texts)
+    assert [attrs.get("class") for tag, attrs in read.tags if tag == "span"][-2:] == ["wide1", "wide1"]
+    assert f".wide{BARS} " in page
+    assert section(rows, ["a"], []) == ""
+    assert section([row_of("one", "a", 1, None) | {"layers": [math.nan] * 2}], ["a"], LAYERS) == ""
+    deep = [f"layers.{number}.mlp" for number in range(200)]
+    many = section([row_of("one", "a", 1, 1.0) | {"layers": [0.01] * 200}], ["a"], deep)
+    assert len([tag for tag, _ in Reader(many).tags if tag == "g"]) == 50  # four blocks a bar
 
 
 def test_colour_is_symmetric_and_saturates():
