@@ -27,6 +27,7 @@ from pipelines.validation.problem import parts
 BATCH = 128  # Appendix C
 ORDER = 3  # tells the draws of a seed apart; points and measurements have 1 and 2
 EVALUATED = 2048  # examples at a time, where nothing is learnt
+CHANNELS_LAST = torch.channels_last
 
 States = dict[str, Tensor]
 """State dicts of S networks, stacked: [S, ...] by the name of a parameter or buffer."""
@@ -167,18 +168,22 @@ def _alone(
     batch: int,
     tick: Callable[[], None],
 ) -> dict[str, Tensor]:
-    model = network.model
+    model, inputs = network.model, examples.inputs
     model.train().requires_grad_(True)
+    if inputs.dim() == 4:  # convolutions on the CPU take a quarter less time so
+        model = model.to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
+        inputs = inputs.contiguous(memory_format=CHANNELS_LAST)
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.l2)
     for order in _orders(recipe, examples, epochs):
         for numbers_B in order.split(batch):
             optimizer.zero_grad()
-            outputs_BC = model(examples.inputs[numbers_B])
+            outputs_BC = model(inputs[numbers_B])
             network.loss.value(outputs_BC, examples.targets[numbers_B]).mean().backward()
             optimizer.step()
         tick()
     model.eval().requires_grad_(False)
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
 def _examples_of(recipe: Recipe, examples: Examples) -> int:
