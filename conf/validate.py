@@ -13,8 +13,9 @@ from typing import Any
 
 from conf.keys import PATHS, Key, Needs, group_classes, keys, validation_paths, written
 from conf.problems import ConfigProblems, Problem, did_you_mean
-from conf.schema import MISSING, Dtype, Offload, PrefilterKind, RunConfig, UnfilteredKind, ValidationConfig
+from conf.schema import MISSING, Dtype, Offload, PrefilterKind, RunConfig, Solver, UnfilteredKind, ValidationConfig
 
+_FUSED = re.compile("flash|flex|kernels", re.IGNORECASE)  # of transformers' names of attention
 WIDE = (Dtype.float32, Dtype.float64)
 
 
@@ -331,6 +332,17 @@ def _tail_is_fitted(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"tails.count={count}", reason, ("tails.count", "tails.least"))
 
 
+def _attention_has_forward_mode(config: RunConfig) -> Iterator[Problem]:
+    """Exact Gauss-Newton products carry tangents through the attention (`influence.gauss_newton`)."""
+    attention = config.model.attention
+    if config.factors.solver is Solver.ekfac_cg and attention is not None and _FUSED.search(attention):
+        reason = (
+            "a fused kernel has no forward-mode derivative, which factors.solver=ekfac_cg needs. "
+            "Allowed: null, sdpa or eager; or factors.solver=ekfac"
+        )
+        yield Problem(f"model.attention={attention}", reason, ("model.attention", "factors.solver"))
+
+
 def _stood_in(config: RunConfig, path: str) -> bool:
     """Whether a number stands in for a file."""
     numbers = {"corpus.path": config.plan.sequences, "queries.path": config.plan.queries}
@@ -387,4 +399,5 @@ RULES: tuple[Rule, ...] = (
     _ranks_have_whole_gpus,
     _offload_has_a_place,
     _tail_is_fitted,
+    _attention_has_forward_mode,
 )

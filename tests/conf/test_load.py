@@ -180,6 +180,16 @@ def test_rules_of_keys_together():
     assert "asks for 2 CPUs" in text
 
 
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn3"])
+def test_conjugate_gradients_want_an_attention_that_has_forward_mode(attention: str):
+    given = [*GIVEN, f"model.attention={attention}"]
+    assert compose_config(given).model.attention == attention
+    text = refusal(*given, "factors=ekfac_cg")
+    assert text.startswith(f"model.attention={attention}: a fused kernel has no forward-mode derivative")
+    assert "Allowed: null, sdpa or eager; or factors.solver=ekfac" in text
+    assert compose_config([*GIVEN, "model.attention=eager", "factors=ekfac_cg"]).model.attention == "eager"
+
+
 def test_all_problems_at_once():
     wrong = (
         "factors.dampng=1",
