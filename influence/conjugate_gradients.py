@@ -7,9 +7,10 @@ own and stops by itself; they share nothing but the products.
     p₀ = z₀ = M⁻¹ b,  r₀ = b,  x₀ = 0;    q = G p + λ p,  α = ⟨r, z⟩ / ⟨p, q⟩
     x ← x + α p,  r ← r − α q,  z ← M⁻¹ r,  β = ⟨r, z⟩ₙₑw / ⟨r, z⟩,  p ← z + β p
 
-M is the solver's own damped curvature. The start is zero and not M⁻¹ b: one product then gives the best multiple of
-M⁻¹ b, and i products the best of all polynomials of M⁻¹ (G + λ) of degree i − 1 in the norm of G + λ; none is spent on
-a first residual. Inner products are summed in float64, whatever the type of the vectors.
+M is the solver's own damped curvature, or whatever else is given as a function. The start is zero and not M⁻¹ b: one
+product then gives the best multiple of M⁻¹ b, and i products the best of all polynomials of M⁻¹ (G + λ) of degree i − 1
+in the norm of G + λ; none is spent on a first residual. Inner products are summed in float64, whatever the type of the
+vectors.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from influence.solvers import SolverState, apply
 
 Product = Callable[[Vectors], Vectors]
 """`product(V) -> G V` for any number of vectors side by side."""
+
+Preconditioner = Mapping[str, SolverState] | Callable[[Vectors], Vectors]
+"""M⁻¹: a fitted solver by layer, or a symmetric positive definite function of vectors over all layers."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def conjugate_gradients(
     product: Product,
     right: Vectors,
     damping: Mapping[str, float],
-    preconditioner: Mapping[str, SolverState] | None,
+    preconditioner: Preconditioner | None,
     iterations: int,
     tolerance: float = 0.0,
 ) -> Solution:
@@ -56,17 +60,16 @@ def conjugate_gradients(
         product: G V; called once an iteration, with the vectors that have not stopped.
         right: B by layer, [K, O, I].
         damping: λ by layer, positive.
-        preconditioner: a fitted solver by layer; None is the identity.
+        preconditioner: M⁻¹; None is the identity.
         iterations: at most.
         tolerance: relative residual at which a vector stops.
 
     Returns:
         The solution in the type of B. Memory: X, R, Z, P and Q, five times the K·Σ I·O numbers of B.
     """
-    states = preconditioner or {}
     x = {name: torch.zeros_like(value) for name, value in right.items()}
     r = {name: value.clone() for name, value in right.items()}
-    z = {name: precondition(states.get(name), value) for name, value in r.items()}
+    z = _preconditioned(preconditioner, r)
     p = {name: value.clone() for name, value in z.items()}
     recursion = Recursion.begun(inner(r, z), inner(r, r))
     residuals = [recursion.residual_K]
@@ -82,7 +85,8 @@ def conjugate_gradients(
         alpha = recursion.step_lengths(chosen, inner(held, q))
         for name, direction in held.items():
             advance(x[name], r[name], chosen, alpha, direction, q[name])
-            z[name][chosen] = precondition(states.get(name), r[name][chosen])
+        for name, value in _preconditioned(preconditioner, {name: r[name][chosen] for name in r}).items():
+            z[name][chosen] = value
         recursion, beta = recursion.advanced(chosen, alpha, _rows(inner, r, z, chosen), _rows(inner, r, r, chosen))
         for name in p:
             p[name][chosen] = conjugate(z[name][chosen], p[name][chosen], beta)
@@ -159,6 +163,14 @@ def advance(x_KOI: Tensor, r_KOI: Tensor, chosen: Tensor, alpha: Tensor, p: Tens
 def conjugate(z: Tensor, p: Tensor, beta: Tensor) -> Tensor:
     """The next direction, z + β p."""
     return z + beta.to(z)[:, None, None] * p
+
+
+def _preconditioned(preconditioner: Preconditioner | None, vectors: Vectors) -> Vectors:
+    """M⁻¹ V over all layers."""
+    if callable(preconditioner):
+        return preconditioner(vectors)
+    states = preconditioner or {}
+    return {name: precondition(states.get(name), value) for name, value in vectors.items()}
 
 
 def _rows(of: Callable[[Vectors, Vectors], Tensor], left: Vectors, right: Vectors, chosen: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ for each output of each example, G = UᵀU / N, and by the Woodbury identity
 
 a system of N·C unknowns instead of D. Its matrix is a sum over layers, K = Σ_ℓ U_ℓ U_ℓᵀ / λ_ℓ. In a linear layer
 a row is the product g ãᵀ of an output's gradient and an input, so that U_ℓ U_ℓᵀ = (g gᵀ) ⊙ (ã ãᵀ) and no row is formed.
-Products with U and Uᵀ are Jacobian products. Where N·C is too large for it, conjugate gradients are run to a residual.
+Products with U and Uᵀ are Jacobian products. Where N·C is too large for it, conjugate gradients are run to a residual,
+preconditioned by a low-rank approximation of G (`influence.nystrom` has why, and why not by EK-FAC).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +25,8 @@ from influence.capture import Use, homogeneous
 from influence.conjugate_gradients import conjugate_gradients, inner
 from influence.gauss_newton import Examples, GaussNewton, TensorNetwork, Vectors
 from influence.layers import TrackedLayer
+from influence.nystrom import nystrom
 from influence.output_losses import OutputLoss
-from influence.solvers import SolverState
 from influence.supervised import backward, micro_batches, places
 
 KERNEL = "kernel"
@@ -33,6 +35,7 @@ LARGEST_KERNEL = 8_000  # rows N·C
 ROW_BYTES = 1 << 31  # of rows that are formed: those of layers with several places
 ITERATIONS = 2_000
 TOLERANCE = 1e-6
+RANK = 256  # of the preconditioner
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class ExactSolution:
         vectors: by layer, [K, O, I].
         way: `KERNEL` or `ITERATIVE`.
         rows: N·C.
-        products: Gauss-Newton products of the K vectors; none by the kernel.
+        products: Gauss-Newton products of the K vectors, those behind the preconditioner in proportion; none by the
+            kernel.
+        iterations: of conjugate gradients.
         residual_K: ‖V − (G + λ) X‖ / ‖V‖ of the result, by a product of its own; 0 for V = 0.
         bytes: of the kernel's matrix, or of the vectors that the iteration holds.
     """
@@ -52,6 +57,7 @@ class ExactSolution:
     way: str
     rows: int
     products: int
+    iterations: int
     residual_K: Tensor
     bytes: int
 
@@ -71,10 +77,10 @@ def solve_exactly(
     examples: Examples,
     vectors: Vectors,
     damping: Mapping[str, float],
-    preconditioner: Mapping[str, SolverState] | None = None,
     batch: int = 256,
     largest_kernel: int = LARGEST_KERNEL,
     tolerance: float = TOLERANCE,
+    rank: int = RANK,
 ) -> ExactSolution:
     """Solve (G + λ) X = V.
 
@@ -84,10 +90,10 @@ def solve_exactly(
         examples: all N.
         vectors: V.
         damping: λ by layer, positive.
-        preconditioner: of conjugate gradients.
         batch: examples a micro-batch.
         largest_kernel: rows N·C up to which the kernel is formed, where the rows that it needs fit into `ROW_BYTES`.
         tolerance: relative residual at which conjugate gradients stop.
+        rank: of their preconditioner.
     """
     network, examples = in_double(network, examples)
     right = {name: value.double() for name, value in vectors.items()}
@@ -100,12 +106,15 @@ def solve_exactly(
     formed = 8 * rows * sum(layer.parameters for layer in layers if seen[layer.name] > 1)
     if rows <= largest_kernel and formed <= ROW_BYTES:
         solution = _by_kernel(newton, network, layers, examples, right, damping, batch)
-        way, products, held = KERNEL, 0, 8 * rows**2
-    else:
-        found = conjugate_gradients(product, right, damping, preconditioner, ITERATIONS, tolerance)
-        solution, way, products = found.vectors, ITERATIVE, int(found.products_K.max())
-        held = 5 * sum(value.nbytes for value in right.values())
-    return ExactSolution(solution, way, rows, products, residual(product(solution), solution, right, damping), held)
+        rest_K = residual(product(solution), solution, right, damping)
+        return ExactSolution(solution, KERNEL, rows, 0, 0, rest_K, 8 * rows**2)
+    near = nystrom(product, right, damping, rank)
+    found = conjugate_gradients(product, right, damping, near, ITERATIONS, tolerance)
+    count, iterations = len(found.products_K), int(found.products_K.max())
+    rest_K = residual(product(found.vectors), found.vectors, right, damping)
+    held = 5 * sum(value.nbytes for value in right.values()) + near.rows_RP.nbytes
+    products = iterations + math.ceil(near.products / count)
+    return ExactSolution(found.vectors, ITERATIVE, rows, products, iterations, rest_K, held)
 
 
 def residual(curved: Vectors, solution: Vectors, right: Vectors, damping: Mapping[str, float]) -> Tensor:

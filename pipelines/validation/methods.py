@@ -19,8 +19,9 @@ from torch import Tensor
 
 from actors.reduction import block_squares
 from influence.conjugate_gradients import conjugate_gradients
-from influence.exact import ITERATIVE, solve_exactly
+from influence.exact import solve_exactly
 from influence.gauss_newton import Vectors
+from influence.nystrom import WIDTH
 from influence.score_agreement import finite
 from influence.supervised import example_scores, fit, sampled_targets
 from pipelines.validation.setting import Apply, Setting, Solved, applied, count_of, measurement_gradients, micro_batch
@@ -74,14 +75,12 @@ def _refined(setting: Setting) -> Apply:
 
 
 def _exact(setting: Setting) -> Apply:
-    """The exact solution; EK-FAC preconditions it where it is iterative."""
-    problem, states = setting.problem, setting.states("ekfac")
+    problem = setting.problem
 
     def solve(vectors: Vectors) -> Solved:
-        batch = micro_batch(problem, 2 * count_of(vectors))  # of numbers twice as long
-        given = (problem.network, problem.layers, problem.train, vectors, setting.damping)
-        found = solve_exactly(*given, states, batch)
-        notes = {"way": found.way, "rows": found.rows, "iterations": found.products if found.way == ITERATIVE else None}
+        batch = micro_batch(problem, 2 * max(WIDTH, count_of(vectors)))  # of numbers twice as long
+        found = solve_exactly(problem.network, problem.layers, problem.train, vectors, setting.damping, batch)
+        notes = {"way": found.way, "rows": found.rows, "iterations": found.iterations}
         examples = found.products * problem.size
         return Solved(found.vectors, found.products, examples, found.residual_K, found.bytes, notes)
 

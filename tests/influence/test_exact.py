@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from influence.exact import ITERATIVE, KERNEL, ExactSolution, solve_exactly
-from influence.gauss_newton import Examples, TensorNetwork
+from influence.gauss_newton import Examples, GaussNewton, TensorNetwork
 from influence.layers import TrackedLayer
-from influence.solvers import SOLVERS, SolverState
-from influence.supervised import fit, sampled_targets
+from influence.nystrom import nystrom
 from tests.networks import Plain, convolutional, mlp
 
 NETWORKS: dict[str, Callable[[], Plain]] = {
@@ -38,12 +37,6 @@ def error(plain: Plain, found: ExactSolution) -> float:
     return float((plain.flat(found.vectors) - expected).abs().max() / expected.abs().max())
 
 
-def ekfac(plain: Plain) -> dict[str, SolverState]:
-    targets = sampled_targets(plain.network, plain.examples, 0, 4)
-    curvature = fit(plain.network, plain.layers, plain.examples, targets)
-    return {name: SOLVERS["ekfac"].fit(value, 0.1) for name, value in curvature.items()}
-
-
 @pytest.mark.parametrize("batch", [1, 5, 64])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_kernel_gives_the_dense_solution_whatever_the_batch(name: str, batch: int):
@@ -55,16 +48,44 @@ def test_the_kernel_gives_the_dense_solution_whatever_the_batch(name: str, batch
     assert float(found.residual_K.max()) < 1e-11
 
 
-@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("rank", [1, 20])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_conjugate_gradients_reach_it_to_the_stated_residual(name: str, preconditioned: bool):
+def test_conjugate_gradients_reach_it_to_the_stated_residual(name: str, rank: int):
     plain = NETWORKS[name]()
-    states = ekfac(plain) if preconditioned else None
-    found = solve(plain, preconditioner=states, largest_kernel=0, tolerance=1e-9)
+    found = solve(plain, largest_kernel=0, tolerance=1e-9, rank=rank)
     assert found.way == ITERATIVE
-    assert found.products > 0
+    assert found.products == found.iterations + -(-rank // 3)
     assert float(found.residual_K.max()) < 2e-9
     assert error(plain, found) < 1e-7
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_preconditioner_of_enough_rank_needs_few_iterations(name: str):
+    """Of which the largest eigenvalues are those of the dense matrix; what is left is at most the next one."""
+    plain, damping = NETWORKS[name](), damping_of(NETWORKS[name]())
+    newton = GaussNewton(plain.network, plain.layers)
+    rank = sum(layer.parameters for layer in plain.layers) // 2
+    found = nystrom(lambda vectors: newton([plain.examples], vectors), plain.vectors(1), damping, rank)
+    scale_P = torch.cat([torch.full((layer.parameters,), damping[layer.name] ** -0.5) for layer in plain.layers])
+    exact = torch.linalg.eigvalsh(scale_P[:, None] * plain.gauss_newton() * scale_P).flip(0)
+    torch.testing.assert_close(found.values_R[:3], exact[:3], rtol=0.01, atol=0)
+    assert bool((found.values_R <= exact[: len(found.values_R)] * (1 + 1e-6) + 1e-9).all())  # from below
+    first, last = (solve(plain, largest_kernel=0, rank=given).iterations for given in (1, rank))
+    assert last < 0.7 * first
+
+
+def test_a_preconditioner_is_symmetric_and_positive_definite():
+    plain = mlp()
+    newton = GaussNewton(plain.network, plain.layers)
+    near = nystrom(lambda vectors: newton([plain.examples], vectors), plain.vectors(1), damping_of(plain), 15)
+    size = sum(layer.parameters for layer in plain.layers)
+    unit, start = {}, 0
+    for layer in plain.layers:
+        rows = torch.eye(size, dtype=torch.float64)[:, start : start + layer.parameters]
+        unit[layer.name], start = rows.view(size, layer.outputs, layer.columns), start + layer.parameters
+    matrix = plain.flat(near(unit))
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-12)
+    assert float(torch.linalg.eigvalsh(matrix)[0]) > 0
 
 
 def test_rows_that_do_not_fit_are_not_formed(monkeypatch: pytest.MonkeyPatch):
