@@ -29,6 +29,9 @@ from pipelines.validation.methods import METHODS, estimate
 from pipelines.validation.training import SIDE_BY_SIDE, TRAINING, fresh
 
 SEEDS = 1_000_003  # between the seeds of two validations
+DTYPE = torch.float32  # of training again; float64 takes 1.7 times as long, and chance moves far more than rounding
+    torch.float32
+)  # of training again: in float64 it takes 1.7 times as long, and chance moves far more than rounding
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,20 @@ def retrain_part(
     """Train some networks with the chosen hyperparameters and measure them. A Ray task."""
     start = time.perf_counter()
     tensors, chosen = inputs.dataset.read_tensors(TENSORS), inputs.training.read_json(TRAINING)["chosen"]
-    train = Examples(tensors["x_train"], tensors["y_train"])
-    test = Examples(tensors["x_test"][tests_T], tensors["y_test"][tests_T])
+    train = _typed(Examples(tensors["x_train"], tensors["y_train"]))
+    test = _typed(Examples(tensors["x_test"][tests_T], tensors["y_test"][tests_T]))
     first = SEEDS * validation.seed + 1
     recipes = [Recipe(chosen["learning_rate"], chosen["l2"], first + run.repeat, run.kept) for run in runs]
-    make = fresh(inputs.dataset, validation)
+    make = fresh(inputs.dataset, validation, DTYPE)
     states = learning.learn(make, train, recipes, validation.epochs)
     output.write_tensors(f"{name}.safetensors", {"measured_RT": -learning.losses(make(0), states, test)})
     output.write_json(f"{name}.json", {"trainings": len(runs), "seconds": time.perf_counter() - start})
+
+
+def _typed(examples: Examples) -> Examples:
+    """The examples for networks of that type; classes stay what they are."""
+    targets = examples.targets.to(DTYPE) if examples.targets.is_floating_point() else examples.targets
+    return Examples(examples.inputs.to(DTYPE), targets)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------

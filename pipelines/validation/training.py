@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from actors.errors import ConfigError
@@ -93,10 +94,12 @@ def run(context: StageContext) -> StageResult:
     return StageResult({"networks": len(grid), "epochs": validation.epochs})
 
 
-def fresh(dataset: Artifact, validation: ValidationConfig) -> Callable[[int], TensorNetwork]:
-    """What makes a network for this data, with the first weights of a seed."""
+def fresh(
+    dataset: Artifact, validation: ValidationConfig, dtype: torch.dtype | None = None
+) -> Callable[[int], TensorNetwork]:
+    """What makes a network for this data, with the first weights of a seed; in its own type if `dtype` is None."""
     record = dataset.read_json(RECORD)
-    return lambda seed: build(validation.subject, record["inputs"], record["outputs"], seed).network
+    return lambda seed: build(validation.subject, record["inputs"], record["outputs"], seed, dtype).network
 
 
 def train_part(

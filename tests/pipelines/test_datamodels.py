@@ -18,7 +18,7 @@ from pipelines.validation.learning import Recipe
 from pipelines.validation.loading import load_problem_from
 from pipelines.validation.methods import METHODS
 from pipelines.validation.networks import build
-from pipelines.validation.retraining import Scoring
+from pipelines.validation.retraining import Retraining, Scoring
 from tests.pipelines.retrained import SIZES, VALIDATION, InProcess, Killed, staged, table
 
 SUBSETS = 5
@@ -38,7 +38,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
 
 @pytest.fixture(scope="module", autouse=True)
 def small_parts() -> Iterator[None]:
+    """In float64, so that numbers can be compared."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retraining, "DTYPE", torch.float64)
         patch.setattr(retraining, "SIDE_BY_SIDE", 4)
         yield
 
@@ -72,6 +74,18 @@ def test_measured_are_networks_trained_again_on_halves(whole: Artifact, inputs: 
         network.model.load_state_dict(learning.one(learnt, 0))
         error_T = (network.model(tensors["x_test"]) - tensors["y_test"])[:, 0]
         torch.testing.assert_close(measured_SRT[subset, repeat], -0.5 * error_T**2, rtol=1e-9, atol=1e-12)
+
+
+def test_lower_precision_moves_next_to_nothing(
+    tmp_path: Path, whole: Artifact, inputs: Mapping[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retraining, "DTYPE", torch.float32)
+    context = staged(tmp_path, "datamodels", inputs)
+    kept = halves(SIZES["train"], SUBSETS, VALIDATION.seed)
+    runs = [Retraining(subset, repeat) for subset in kept for repeat in range(VALIDATION.retrainings)]
+    found_RT, _ = retraining.measured(context, "halves", runs, torch.arange(SIZES["test"]))
+    expected_RT = whole.read_tensors(datamodels.TENSORS)["measured_SRT"].flatten(0, 1)
+    torch.testing.assert_close(found_RT, expected_RT, rtol=1e-4, atol=1e-5)
 
 
 def test_predictions_are_sums_of_scores(whole: Artifact, inputs: Mapping[str, Artifact]) -> None:
