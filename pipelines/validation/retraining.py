@@ -30,8 +30,6 @@ from pipelines.validation.training import SIDE_BY_SIDE, TRAINING, fresh
 
 SEEDS = 1_000_003  # between the seeds of two validations
 DTYPE = torch.float32  # of training again; float64 takes 1.7 times as long, and chance moves far more than rounding
-    torch.float32
-)  # of training again: in float64 it takes 1.7 times as long, and chance moves far more than rounding
 
 
 @dataclass(frozen=True)
