@@ -15,7 +15,7 @@ from typing import Any
 
 from conf.schema import RunConfig, Subject
 from pipelines.steps import Step
-from pipelines.validation import curvature, datamodels, dataset, estimates, removal, training
+from pipelines.validation import curvature, datamodels, dataset, estimates, removal, responses, training
 from pipelines.validation.datasets import SETS, data_digest
 
 # Raise a version when a stage's code changes what it writes.
@@ -61,8 +61,6 @@ def _network_steps(config: RunConfig) -> list[Step]:
         _step("estimates", FITTED, _points(config) | _solvers(config) | _variants(config), estimates.run),
     ]
     if validation.pbo_steps:
-        from pipelines.validation import responses
-
         steps.append(_step("responses", FITTED, _points(config) | _response(config), responses.run))
     if validation.subsets:
         steps.append(_step("datamodels", FITTED, _retrained(config) | {"subsets": validation.subsets}, datamodels.run))
@@ -125,8 +123,6 @@ def _response(config: RunConfig) -> dict[str, Any]:
     validation = config.validation
     return {
         "steps": validation.pbo_steps,
-        "batch": validation.pbo_batch,
-        "learning_rate": validation.pbo_learning_rate,
         "tolerance": validation.pbo_tolerance,
         "epsilon": validation.epsilon,
     }

@@ -138,7 +138,7 @@ def response(converged: int = 500) -> dict[str, Any]:
         "tolerance": 0.05,
         "converged": converged,
         "points": 500,
-        "facts": [["ε", "0.01"], ["steps of Adam", "2,000"], ["converged", f"{converged} of 500"]],
+        "facts": [["ε", "0.01"], ["minimised by", "steps"], ["converged", f"{converged} of 500"]],
         "warnings": warnings,
     }
 

@@ -94,7 +94,7 @@ def response(document: Document) -> Section | None:
     rows: list[Row] = [{"what": name, "value": value} for name, value in found["facts"]]
     about = [
         "What every method is compared with: for each point, its loss is added to the objective with weight ε and "
-        "the objective is minimised by Adam from the trained weights; the change of every measurement, divided by ε, "
+        "the objective is minimised from the trained weights on; the change of every measurement, divided by ε, "
         "is the response.",
         "Two things must hold, and are shown: that the objective was minimised (the gradient at the end over all "
         "training examples, relative to the gradient of the added point, is below the tolerance), and that the "

@@ -19,6 +19,7 @@ from pipelines.runner import StageOutcome
 from pipelines.tracing import publishable, stage_summary
 from pipelines.validation.datasets import SETS
 from pipelines.validation.presentation.figures import PAIRS
+from pipelines.validation.responses import RECORD
 from pipelines.validation.results import language, networks
 from pipelines.validation.results.responses import response
 
@@ -56,8 +57,8 @@ def _network(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     dataset, training, curvature, estimates = (
         artifacts[name].read_json(f"{name}.json") for name in ("dataset", "training", "curvature", "estimates")
     )
-    measured = response(artifacts["responses"].read_json("responses.json")) if "responses" in artifacts else None
-    scored = networks.read_scored(artifacts, measured)
+    measured = response(artifacts["responses"].read_json(RECORD)) if "responses" in artifacts else None
+    scored = networks.read_scored(artifacts)
     agreed = networks.agreement(scored)
     found = {
         "model": networks.model(dataset, training, curvature),
@@ -111,8 +112,7 @@ def write_pairs(folder: Path, outcomes: Outcomes) -> None:
     if "responses" not in outcomes or "estimates" not in outcomes:
         return
     artifacts = {name: outcome.artifact for name, outcome in outcomes.items()}
-    found = response(artifacts["responses"].read_json("responses.json"))
-    scored = networks.read_scored(artifacts, found)
+    scored = networks.read_scored(artifacts)
     assert scored.response_QP is not None
     measurements, points = scored.response_QP.shape
     columns: dict[str, Any] = {

@@ -13,6 +13,7 @@ from actors.store import Artifact
 from influence.score_agreement import correlations, mean_interval
 from pipelines.validation.correlation import compare
 from pipelines.validation.presentation.wording import BLOCKS
+from pipelines.validation.responses import RECORD, TENSORS
 from pipelines.validation.results.statistics import Statistic, of_interval, slopes, statistic
 
 LADDERS = {"learning_rate": "learning rate", "l2": "L2"}
@@ -216,13 +217,14 @@ def _trained_by(training: Mapping[str, Any]) -> str:
     return f"SGD, batches of {training['batch']}, {training['epochs']} epochs{momentum}{how}"
 
 
-def read_scored(artifacts: Mapping[str, Artifact], response: Mapping[str, Any] | None) -> Scored:
+def read_scored(artifacts: Mapping[str, Artifact]) -> Scored:
     """Scores of the step `estimates`, and the response of the step `responses` where it ran."""
     estimates = artifacts["estimates"]
     names = list(estimates.read_json("estimates.json")["methods"])
     scores = {name: estimates.read_tensors(f"{name}.safetensors")["scores_QP"].double() for name in names}
-    if response is None:
+    if "responses" not in artifacts:
         return Scored(scores, None, [], [], None)
-    found = artifacts["responses"].read_tensors("responses.safetensors")
-    converged = torch.tensor(response["converged_points"]) if response.get("converged_points") else None
-    return Scored(scores, found["response_QP"].double(), response["numbers"], response["tests"], converged)
+    found, record = artifacts["responses"].read_tensors(TENSORS), artifacts["responses"].read_json(RECORD)
+    convergence = record["convergence"]
+    converged_P = torch.tensor(convergence["gradients"], dtype=torch.float64) <= convergence["tolerance"]
+    return Scored(scores, found["response_QP"].double(), record["numbers"], record["tests"], converged_P)

@@ -18,12 +18,14 @@ def response(found: Mapping[str, Any]) -> dict[str, Any]:
         "epsilon": found["epsilon"],
         "linearity": [dict(row) for row in linearity["epsilons"]],
         "chosen_by": linearity["chosen_by"],
+        "straight": linearity.get("tolerance", STRAIGHT),
         "gradients": gradients,
         "tolerance": convergence["tolerance"],
         "converged": convergence["converged"],
         "halfway": convergence["halfway"],
     }
-    return study | {"facts": _facts(found, study), "warnings": _warnings(study)}
+    earlier = "before the last step" if "optimiser" in found else "after half of the steps"
+    return study | {"facts": _facts(found, study, earlier), "warnings": _warnings(study, earlier)}
 
 
 def used(study: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -32,11 +34,11 @@ def used(study: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return rows[0] if rows else None
 
 
-def _facts(found: Mapping[str, Any], study: Mapping[str, Any]) -> list[list[str]]:
+def _facts(found: Mapping[str, Any], study: Mapping[str, Any], earlier: str) -> list[list[str]]:
     row, gradients = used(study), study["gradients"]
     chosen = WORDS.get(study["chosen_by"], study["chosen_by"])
     facts = [
-        ["optimiser", f"Adam, {found['steps']:,} steps of batches of {found['batch']:,}"],
+        ["minimised by", found.get("optimiser", f"Adam, {found['steps']:,} steps of batches of {found['batch']:,}")],
         ["ε", f"{study['epsilon']:.3g}, {chosen}"],
     ]
     if row is not None:
@@ -47,11 +49,11 @@ def _facts(found: Mapping[str, Any], study: Mapping[str, Any]) -> list[list[str]
         *facts,
         ["gradient at the end", f"{_median(gradients):.2g} of the added point’s, at most {max(gradients):.2g}"],
         ["objectives minimised", f"{study['converged']:,} of {len(gradients):,} (at most {study['tolerance']:g})"],
-        ["after half of the steps", f"responses correlate with those at the end by {study['halfway']:.4f}"],
+        [earlier, f"responses correlate with those at the end by {_rounded(study['halfway'])}"],
     ]
 
 
-def _warnings(study: Mapping[str, Any]) -> list[str]:
+def _warnings(study: Mapping[str, Any], earlier: str) -> list[str]:
     warnings = []
     failed = len(study["gradients"]) - study["converged"]
     if failed:
@@ -64,16 +66,18 @@ def _warnings(study: Mapping[str, Any]) -> list[str]:
     row = used(study)
     if row is None:
         warnings.append("Responses were not shown to be linear at the ε that was used.")
-    elif row["difference"] > STRAIGHT:
+    elif row["difference"] > study["straight"]:
         warnings.append(
             f"Responses at the ε that was used differ by {row['difference']:.0%} from those at a smaller one: they are "
             "not linear, so correlations with them are lower than they should be."
         )
     if study["halfway"] is not None and study["halfway"] < HALFWAY:
-        warnings.append(
-            f"Responses after half of the steps correlate with those at the end by {study['halfway']:.2f} only."
-        )
+        warnings.append(f"Responses {earlier} correlate with those at the end by {study['halfway']:.2f} only.")
     return warnings
+
+
+def _rounded(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _median(values: Sequence[float]) -> float:
