@@ -148,15 +148,29 @@ def test_choice_has_all_evidence_of_its_facts(folder: Path):
         assert {found.numbers[place] for place in fact.evidence} == set(by_id[fact.fact_id].evidence)
 
 
-def test_ambiguous_long_and_unstated_facts_are_not_chosen():
-    sentences = ("A is b .", "A is c .", "C is d and " + "x " * 20, "E likes f .", "G , the h .", "Z .")
-    rows = [("A", "b", 0), ("A", "c", 1), ("C", "d", 2), ("E", "other", 3), ("G", "h", 4)]
-    known = [Fact(str(number), s, "r", o, "{} is", (number,)) for s, o, number in rows]
-    found = choose(Collection(tuple(known), sentences), sentences=9, context=12, filler=0.0, seed=0)
-    assert [fact.subject for fact in found.facts] == ["G"]
-    assert sorted(found.numbers) == [0, 1, 3, 4, 5]  # the rest is filler, and one is too long
+def test_facts_that_are_not_fair_are_not_chosen():
+    rows = [
+        ("A", "b", "{} is", ("A is b .", "Now A is b .")),
+        ("A", "c", "{} is", ("A is c .", "Now A is c .")),  # the same question
+        ("Aye", "ay", "{} is", ("Aye is ay .", "Now Aye is ay .")),  # the subject names it
+        ("C", "d", "{} is", ("C is d and " + "x " * 20, "C is d .")),  # too long
+        ("E", "other", "{} is", ("E is f .", "Now E is f .")),  # nobody says so
+        ("G", "h", "{} is", ("G is h .",)),  # once
+        ("I", "j", "the hue of {} is", ("I is j .", "Now I is j .")),  # in words of its own
+        ("K", "l", "{} is", ("K is l .", "Now , K is l .")),
+    ]
+    sentences = [text for *_, texts in rows for text in texts]
+    known = []
+    for number, (subject, object_, template, texts) in enumerate(rows):
+        evidence = tuple(map(sentences.index, texts))
+        known.append(Fact(str(number), subject, "r", object_, template, evidence))
+    collection = Collection(tuple(known), tuple(sentences))
+    found = choose(collection, sentences=9, context=12, filler=0.0, seed=0, familiar=5)
+    assert [fact.subject for fact in found.facts] == ["K"]
+    assert len(found.texts) == 9  # the rest is filler
+    assert not any("x x" in text for text in found.texts)
     with pytest.raises(ConfigError, match=r"no fact has all of its sentences.*raise validation\.points"):
-        choose(Collection(tuple(known[:2]), sentences), sentences=9, context=12, filler=0.0, seed=0)
+        choose(collection, sentences=1, context=12, filler=0.0, seed=0, familiar=5)
 
 
 def test_facts_are_known_if_it_is_for_their_subject(traced: Mapping[str, Artifact], folder: Path):
@@ -248,6 +262,6 @@ def test_real_facts_are_read_and_chosen(shared_data: Path):
     assert len(collection.facts) > 15_000
     found = choose(collection, sentences=400, context=32, filler=0.25, seed=0)
     assert len(found.texts) == 400
-    assert len(found.facts) > 100
+    assert len(found.facts) > 90
     for fact in found.facts:
         assert any(fact.subject in found.texts[place] and fact.object in found.texts[place] for place in fact.evidence)

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import pre_tokenizers
+
 from actors.errors import BadRecord, ConfigError
 
 FACTS, SENTENCES = "facts.jsonl", "sentences.txt"
 OBJECT = re.compile(r"\s*\[Y\]\s*\.?\s*")  # where a prompt's completion stands, which has to be its end
-WORDS = re.compile(r"\w+|[^\w\s]+")  # as the tokenizer splits
+STATED = 2  # sentences that state a fact, at least
+FAMILIAR = 10  # times that a prompt's wording occurs in all sentences, at least
 FIELDS = {"subject": str, "relation": str, "object": str, "prompt": str, "evidence_sentence_ids": list}
 
 
@@ -173,11 +176,14 @@ def _fact(record: Mapping[str, Any], fact_id: str, path: Path, row: int, sentenc
     return Fact(fact_id, subject, name, record["object"], template, tuple(sorted(set(evidence))))
 
 
-def choose(collection: Collection, sentences: int, context: int, filler: float, seed: int) -> Choice:
+def choose(
+    collection: Collection, sentences: int, context: int, filler: float, seed: int, familiar: int = FAMILIAR
+) -> Choice:
     """Choose facts at random, with all their evidence, and other sentences beside it.
 
-    A fact is taken if a sentence names its subject and its object, its question has no other answer, and none of its
-    sentences is longer than the context.
+    A fact is taken if a small model may learn it and cannot guess it: `STATED` sentences or more state it, one of them
+    names its subject and its object, none is longer than the context; its question has no other answer, is put in
+    words that sentences use, and its subject does not name its object.
 
     Args:
         collection: what there is.
@@ -185,14 +191,16 @@ def choose(collection: Collection, sentences: int, context: int, filler: float, 
         context: tokens of a sequence, with one before and one after the sentence.
         filler: share of the sentences that is chosen without their facts.
         seed: of the choice.
+        familiar: times that the words of a prompt before and after its subject occur in all sentences, at least.
 
     Raises:
         ConfigError: if no fact fits.
     """
     generator = random.Random(seed)
-    short = {number for number, text in enumerate(collection.sentences) if len(WORDS.findall(text)) <= context - 2}
-    suited = [fact for fact in _unambiguous(collection.facts) if short.issuperset(fact.evidence)]
-    suited = [fact for fact in suited if _is_stated(fact, collection.sentences)]
+    split = pre_tokenizers.Whitespace().pre_tokenize_str
+    short = {number for number, text in enumerate(collection.sentences) if len(split(text)) <= context - 2}
+    fair = _fair(collection, familiar)
+    suited = [fact for fact in fair if len(fact.evidence) >= STATED and short.issuperset(fact.evidence)]
     chosen: list[int] = []
     taken: set[int] = set()
     for fact in generator.sample(suited, len(suited)):
@@ -213,9 +221,20 @@ def choose(collection: Collection, sentences: int, context: int, filler: float, 
     return Choice(tuple(chosen), tuple(collection.sentences[number] for number in chosen), tuple(facts))
 
 
-def _unambiguous(facts: Sequence[Fact]) -> list[Fact]:
-    asked = Counter(fact.prompt for fact in facts)
-    return [fact for fact in facts if asked[fact.prompt] == 1]
+def _fair(collection: Collection, familiar: int) -> list[Fact]:
+    """Facts that sentences state, with one answer that the question does not give away, asked in familiar words."""
+    asked = Counter(fact.prompt for fact in collection.facts)
+    facts = [fact for fact in collection.facts if asked[fact.prompt] == 1 and _is_stated(fact, collection.sentences)]
+    facts = [fact for fact in facts if fact.object.casefold() not in fact.subject.casefold()]
+    text = "\n".join(f" {sentence} " for sentence in collection.sentences)
+    wordings = {words for fact in facts for words in _wording(fact)}
+    known = {words for words in wordings if text.count(f" {words} ") >= familiar}
+    return [fact for fact in facts if known.issuperset(_wording(fact))]
+
+
+def _wording(fact: Fact) -> list[str]:
+    """The words of a prompt before and after its subject."""
+    return [words for words in map(str.strip, fact.template.split("{}")) if words]
 
 
 def _is_stated(fact: Fact, sentences: Sequence[str]) -> bool:
