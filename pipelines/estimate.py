@@ -12,7 +12,7 @@ import torch
 
 from actors.factors import QUERY_BATCH
 from actors.refinement import at_a_time, row_numbers
-from conf.schema import AttributionTokens
+from conf.schema import AttributionTokens, Dtype
 from influence import cost, traffic
 from influence.attribution import TRIED
 from influence.distribution import BINS
@@ -304,12 +304,13 @@ def agreement(load: Workload) -> StepCost:
     sample = min(agreement_size(load.config), load.sequences)
     if not sample:
         return StepCost()
-    each = Lockstep.over([sample, sample], load.ranks, load.config.scan.batch_size)
+    each = Lockstep.over([sample], load.ranks, load.config.scan.batch_size)
     queries, owners = held_queries(load), load.ranks if queries_shared(load) else 1
     exact = SINGLE * (-(-load.parameters // load.ranks) - (-compression(load).disk // (SINGLE * owners)))
-    moved = _scan_moved(load, each, queries_shared(load))
-    held = rank_memory(load, queries | {"weights and queries in float32": exact})
-    return StepCost(passes(load, 2 * sample, load.tokens, False), held, moved=moved, pieces=1)
+    moved = merged(*(_scan_moved(load, each, queries_shared(load), copy) for copy in (None, Dtype.float32)))
+    held = rank_memory(load, queries | {"weights and queries in float32": exact}, copy=Dtype.float32)
+    work = merged(*(passes(load, sample, load.tokens, False, copy=copy) for copy in (None, Dtype.float32)))
+    return StepCost(work, held, moved=moved, pieces=1)
 
 
 def candidates(load: Workload) -> StepCost:
@@ -366,13 +367,16 @@ def scan(load: Workload) -> StepCost:
     )
 
 
-def _scan_moved(load: Workload, each: Lockstep, shared: bool) -> dict[str, int]:
-    """Bytes that the ranks receive in a scan: weights, scores, and the rows where each holds a share of the queries."""
+def _scan_moved(load: Workload, each: Lockstep, shared: bool, copy: Dtype | None = None) -> dict[str, int]:
+    """Bytes that the ranks receive in a scan: weights, scores, and the rows where each holds a share of the queries.
+
+    Weights are those of a copy of the model in another type, where one does the work.
+    """
     if load.ranks == 1:
         return {}
     scan_config, everyone = load.config.scan, load.ranks * each.own
     scores = traffic.scores_received(load.queries, load.ranks, shared) * bytes_of(scan_config.sum_dtype)
-    moved = {"weights": gathered(load, each.steps), "scores": everyone * scores}
+    moved = {"weights": gathered(load, each.steps, copy=copy), "scores": everyone * scores}
     if shared:
         rows = traffic.rows_received(load.layers, load.tokens, load.shape.calls, load.ranks)
         moved["rows"] = everyone * (rows * bytes_of(scan_config.product_dtype) + load.ranks - 1)
@@ -391,7 +395,8 @@ def top(load: Workload) -> StepCost:
 def attribution(load: Workload) -> StepCost:
     """One pass over the top and bottom sequences; two down to the embeddings for each pair of one with its query.
 
-    And as many for each step that is tried for a query. Weights that are gathered are counted as in the scan.
+    And as many for each step that is tried for a query. Weights that are gathered are counted as in the scan, those of
+    the copy in float32 at its size.
     """
     config, scan_config, model = load.config.attribution, load.config.scan, load.config.model
     if not config.top:
@@ -412,18 +417,19 @@ def attribution(load: Workload) -> StepCost:
     numbers = load.tokens * (layers + 1 + 2 * bool(walks)) + layers
     cells = bytes_of(scan_config.sum_dtype) * scan_config.batch_size * load.tokens * layers
     more = {"queries": _queries_at_hand(load), "cells": cells}
-    if walks and exact is not model.dtype:
+    copy = exact if walks and exact is not model.dtype else None
+    if copy:
         more["weights in float32"] = SINGLE * -(-load.parameters // load.ranks)
-    micro = Lockstep.over([sequences, walks], load.ranks, scan_config.batch_size)
-    own = Lockstep.over([sequences], load.ranks, scan_config.batch_size).own
-    received = load.ranks * (load.ranks - 1) * own * load.tokens * layers * bytes_of(scan_config.sum_dtype)
+    own, walked = (Lockstep.over([count], load.ranks, scan_config.batch_size) for count in (sequences, walks))
+    passed = gathered(load, own.steps) + gathered(load, walked.steps, copy=copy)
+    received = load.ranks * (load.ranks - 1) * own.own * load.tokens * layers * bytes_of(scan_config.sum_dtype)
     disk = pairs * (SINGLE * numbers + 4 * load.tokens)
     return StepCost(
         merged(work, {exact.name: walks * through + scales, ELEMENTWISE: elementwise, ATTENTION: attended}),
-        rank_memory(load, more),
+        rank_memory(load, more, copy=copy),
         disk,
         SINGLE * pairs * numbers,
-        {"weights": gathered(load, micro.steps), "cells": received} if load.ranks > 1 else {},
+        {"weights": passed, "cells": received} if load.ranks > 1 else {},
         disk + 2 * SINGLE * pairs * numbers,
         pieces=max(1, -(-max(sequences, walks // 2) // size)),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from conf.schema import Dtype
 from influence import cost, traffic
 from influence.correction import GRADIENT_BYTES
 from influence.layers import TrackedLayer
@@ -49,35 +50,57 @@ class StepCost:
         return sum(amount for kind, amount in self.work.items() if kind not in (ATTENTION, ELEMENTWISE, TEXT))
 
 
-def weights(load: Workload, copies: int = 1) -> dict[str, int]:
-    """Bytes of the weights that a rank holds: all, or its slices and those that are gathered at a time."""
-    size = bytes_of(load.config.model.dtype) * copies
+def weights(load: Workload, copy: Dtype | None = None) -> dict[str, int]:
+    """Bytes of the weights that a rank holds: all, or its slices and those that are gathered at a time.
+
+    Args:
+        load: The run.
+        copy: Type of a second copy of the model that works beside the first; its own slices are not counted here.
+    """
+    size = bytes_of(load.config.model.dtype)
     if load.ranks == 1:
         return {"weights": load.parameters * size}
     ahead = PREFETCHED if load.config.cluster.gpus_per_rank > 0 else 0
-    gathered = min(load.parameters, load.shape.largest_module + ahead)
-    return {"weights": -(-load.parameters // load.ranks) * size, "gathered weights": gathered * size}
+    numbers = min(load.parameters, load.shape.largest_module + ahead)
+    return {
+        "weights": -(-load.parameters // load.ranks) * size,
+        "gathered weights": numbers * max(size, 0 if copy is None else bytes_of(copy)),
+    }
 
 
 def passes(
-    load: Workload, sequences: int, tokens: int, sampled: bool, layers: Sequence[TrackedLayer] = ()
+    load: Workload,
+    sequences: int,
+    tokens: int,
+    sampled: bool,
+    layers: Sequence[TrackedLayer] = (),
+    copy: Dtype | None = None,
 ) -> dict[str, int]:
-    """The floor's work over some sequences, with these layers tracked (all if none are named)."""
+    """The floor's work over some sequences, with these layers tracked (all if none are named).
+
+    Args:
+        load: The run.
+        sequences: How many.
+        tokens: Of each.
+        sampled: Whether labels are drawn.
+        layers: Those that are tracked.
+        copy: Type of the copy of the model that does the work, if it is not the model itself.
+    """
     shape = load.shape_for(layers) if layers else load.shape
     floor = sequences * cost.floor_flops(shape, tokens)
     return {
-        load.config.model.dtype.name: floor,
+        (copy or load.config.model.dtype).name: floor,
         ELEMENTWISE: sequences * cost.elementwise_numbers(shape, tokens, sampled),
         ATTENTION: sequences * cost.attention_weights(shape, tokens),
     }
 
 
-def gathered(load: Workload, steps: int, layers: Sequence[TrackedLayer] = ()) -> int:
-    """Bytes of weights that the ranks receive in so many micro-batches of a gang."""
+def gathered(load: Workload, steps: int, layers: Sequence[TrackedLayer] = (), copy: Dtype | None = None) -> int:
+    """Bytes of weights that the ranks receive in so many micro-batches of a gang; of a copy in this type, if any."""
     if load.ranks == 1:
         return 0
     shape = load.shape_for(layers) if layers else load.shape
-    each = traffic.weights_received(shape, load.ranks) * bytes_of(load.config.model.dtype)
+    each = traffic.weights_received(shape, load.ranks) * bytes_of(copy or load.config.model.dtype)
     return load.ranks * steps * each
 
 
@@ -90,10 +113,16 @@ def merged(*parts: Mapping[str, int]) -> dict[str, int]:
     return total
 
 
-def activations(load: Workload, sequences: int, tokens: int, layers: Sequence[TrackedLayer] = ()) -> dict[str, int]:
-    """Bytes of a micro-batch in flight: captured inputs, what autograd saves, logits with their gradient."""
+def activations(
+    load: Workload, sequences: int, tokens: int, layers: Sequence[TrackedLayer] = (), copy: Dtype | None = None
+) -> dict[str, int]:
+    """Bytes of a micro-batch in flight: captured inputs, what autograd saves, logits with their gradient.
+
+    Where a copy of the model in another type does some of the work, the larger of both.
+    """
     shape = load.shape_for(layers) if layers else load.shape
     size, rows = bytes_of(load.config.model.dtype), sequences * tokens
+    size = max(size, 0 if copy is None else bytes_of(copy))
     return {
         "captured": size * sequences * cost.captured_numbers(layers or load.layers, tokens, shape.calls),
         "autograd": size * rows * shape.saved_numbers,
@@ -107,9 +136,11 @@ def formed_bytes(load: Workload) -> int:
     return 2 * min(load.config.scan.batch_size * load.ranks * largest, max(GRADIENT_BYTES, largest))
 
 
-def rank_memory(load: Workload, more: Mapping[str, int], layers: Sequence[TrackedLayer] = ()) -> dict[str, int]:
+def rank_memory(
+    load: Workload, more: Mapping[str, int], layers: Sequence[TrackedLayer] = (), copy: Dtype | None = None
+) -> dict[str, int]:
     """Bytes that a rank holds while it works on a micro-batch: weights, activations, and whatever else is not zero."""
-    held = weights(load) | activations(load, load.config.scan.batch_size, load.tokens, layers)
+    held = weights(load, copy) | activations(load, load.config.scan.batch_size, load.tokens, layers, copy)
     return held | {name: size for name, size in more.items() if size}
 
 
