@@ -38,7 +38,7 @@ def error(plain: Plain, found: ExactSolution) -> float:
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "convolutions"])
 def test_the_kernel_gives_the_dense_solution_whatever_the_batch(name: str, batch: int):
     plain = NETWORKS[name]()
     found = solve(plain, batch=batch)
@@ -48,15 +48,21 @@ def test_the_kernel_gives_the_dense_solution_whatever_the_batch(name: str, batch
     assert float(found.residual_K.max()) < 1e-11
 
 
-@pytest.mark.parametrize("rank", [1, 20])
+@pytest.mark.parametrize("size", [1, 20])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_conjugate_gradients_reach_it_to_the_stated_residual(name: str, rank: int):
+def test_conjugate_gradients_reach_it_to_the_stated_residual(name: str, size: int):
+    """Whatever the size of the preconditioner."""
     plain = NETWORKS[name]()
-    found = solve(plain, largest_kernel=0, tolerance=1e-9, rank=rank)
+    found = solve(plain, largest_kernel=size, rank=size, tolerance=1e-9)
     assert found.way == ITERATIVE
-    assert found.products == found.iterations + -(-rank // 3)
+    assert found.products == found.iterations + (-(-size // 3) if name == "convolutions" else 0)
     assert float(found.residual_K.max()) < 2e-9
     assert error(plain, found) < 1e-7
+
+
+def test_more_rows_in_the_preconditioner_take_fewer_iterations():
+    few, many = (solve(mlp(), largest_kernel=rows).iterations for rows in (1, 60))
+    assert many < 0.7 * few
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -70,8 +76,9 @@ def test_a_preconditioner_of_enough_rank_needs_few_iterations(name: str):
     exact = torch.linalg.eigvalsh(scale_P[:, None] * plain.gauss_newton() * scale_P).flip(0)
     torch.testing.assert_close(found.values_R[:3], exact[:3], rtol=0.01, atol=0)
     assert bool((found.values_R <= exact[: len(found.values_R)] * (1 + 1e-6) + 1e-9).all())  # from below
-    first, last = (solve(plain, largest_kernel=0, rank=given).iterations for given in (1, rank))
-    assert last < 0.7 * first
+    if name == "convolutions":
+        first, last = (solve(plain, rank=given).iterations for given in (1, rank))
+        assert last < 0.7 * first
 
 
 def test_a_preconditioner_is_symmetric_and_positive_definite():
@@ -88,12 +95,6 @@ def test_a_preconditioner_is_symmetric_and_positive_definite():
     assert float(torch.linalg.eigvalsh(matrix)[0]) > 0
 
 
-def test_rows_that_do_not_fit_are_not_formed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("influence.exact.ROW_BYTES", 100)
-    assert solve(convolutional()).way == ITERATIVE
-    assert solve(mlp()).way == KERNEL  # whose rows are products of two vectors
-
-
 def test_a_layer_of_several_modules_is_one():
     """A weight that is used twice: its rows are sums over uses."""
     plain = mlp("squares")
@@ -101,7 +102,9 @@ def test_a_layer_of_several_modules_is_one():
     parts = list(plain.network.model)
     model = torch.nn.Sequential(parts[0], parts[1], parts[2], parts[3], parts[2], torch.nn.Tanh(), parts[4])
     shared = Plain(TensorNetwork(model, plain.network.loss), _renamed(plain), plain.examples)
-    assert error(shared, solve(shared)) < 1e-10
+    found = solve(shared, tolerance=1e-9)
+    assert found.way == ITERATIVE
+    assert error(shared, found) < 1e-7
 
 
 def test_a_float32_network_is_solved_in_float64():
