@@ -27,7 +27,7 @@ from pipelines.graph import build_steps
 from pipelines.report import write_report
 from pipelines.report.notebook import notebook_view
 from pipelines.runner import Runner, StageOutcome
-from pipelines.stages import attribution
+from pipelines.stages import attribution, refinement
 from pipelines.stages.attributed import ROW_GROUP
 from pipelines.stages.attributed import SCHEMA as ATTRIBUTION
 from pipelines.stages.tails import in_short
@@ -189,6 +189,7 @@ def summarise(config: RunConfig, outcomes: Mapping[str, StageOutcome], started: 
         "layers": outcomes["layers"].extra["description"],
         "candidates": {key: value for key, value in candidates.items() if key != "files"},
         "fidelity": outcomes["fidelity"].artifact.read_json("fidelity.json"),
+        "refinement": _refinement(outcomes),
         "agreement": outcomes["agreement"].artifact.read_json("agreement.json"),
         "attribution": attribution.in_short(outcomes["attribution"].artifact),
         "tails": in_short(outcomes["tails"].artifact.read_json("tails.json")),
@@ -199,6 +200,12 @@ def summarise(config: RunConfig, outcomes: Mapping[str, StageOutcome], started: 
         "score_unit": SCORE_UNIT,
         "artifacts": {name: outcome.artifact.uri for name, outcome in outcomes.items()},
     }
+
+
+def _refinement(outcomes: Mapping[str, StageOutcome]) -> dict[str, Any]:
+    """Conjugate gradients, where the solver has them."""
+    found = outcomes.get("refinement")
+    return refinement.in_short(found.artifact.read_json("residuals.json")) if found else {}
 
 
 def publishable(value: Any) -> Any:

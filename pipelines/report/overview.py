@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from conf.schema import ReportConfig
@@ -73,6 +74,8 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         ("candidates", _candidates(summary["candidates"]["per_feed"])),
         ("fidelity", _fidelity(summary["fidelity"])),
     ]
+    if summary.get("refinement"):
+        found.append(("conjugate gradients", _refinement(summary["refinement"])))
     if summary.get("convergence"):
         found.append(("convergence", _convergence(summary["convergence"], corpus["sequences"])))
     if "seconds" in summary:
@@ -125,6 +128,20 @@ def _convergence(found: Mapping[str, Any], corpus: int) -> str:
     return "\n".join(lines)
 
 
+def _refinement(found: Mapping[str, Any]) -> str:
+    """How far the IHVPs are solved for; what the last iteration brought says more than the residual."""
+    iterations, residuals = found["iterations"].values(), list(found["residual"].values())
+    text = f"{max(iterations)} iterations at most; relative residual {median(residuals):.3g} (median), "
+    text += f"{max(residuals):.3g} (worst), which falls in another norm and may grow here"
+    gains = [gain for gain in found["gain"].values() if gain is not None]
+    if gains:
+        text += (
+            f"; the last iteration brought {100 * median(gains):.3g} % (median), {100 * max(gains):.3g} % (most) of "
+            "gradientᵀ answer: far from done above a few per cent"
+        )
+    return text
+
+
 def _stage(name: str, stage: Mapping[str, Any]) -> dict[str, Any]:
     rate = stage.get("tokens_per_second")
     return {
@@ -151,6 +168,7 @@ def _query(run: RunFolder, query: Mapping[str, Any], packed: PackedQuery) -> dic
         "measured": query["measured"],
         "fidelity": shown(summary["fidelity"]["pearson"].get(name)) if summary["fidelity"] else None,
         "convergence": _converged(summary, name),
+        "refinement": _refined(summary, name),
         "rank": query.get("total_rank"),
         "top": len(top),
         "bottom": len(bottom),
@@ -168,6 +186,13 @@ def _converged(summary: Mapping[str, Any], name: str) -> str | None:
     """The correlation of a query's scores with those by factors of another sample; None where it was not looked at."""
     outlook = (summary.get("convergence") or {}).get("extrapolated") or {"pearson": {}}
     return shown(outlook["pearson"][name]) if name in outlook["pearson"] else None
+
+
+def _refined(summary: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    found = summary.get("refinement") or {"residual": {}}
+    if name not in found["residual"]:
+        return None
+    return {key: found[key].get(name) for key in ("iterations", "residual", "gain")}
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:

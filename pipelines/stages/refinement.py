@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,9 @@ def queries_at_a_time(config: RunConfig, layers: Sequence[TrackedLayer]) -> int:
 
 
 def run(context: StageContext) -> StageResult:
-    """Write `layers/<layer>/queries-<start>-<stop>.safetensors` and `residuals.json`, by query and iteration.
+    """Write `layers/<layer>/queries-<start>-<stop>.safetensors` and `residuals.json`.
+
+    `residuals.json` has the relative residuals of each query by iteration, and its `gains`, as in `_gains`.
 
     Raises:
         NonFiniteShare: if more sequences were set aside than `scan.nonfinite_share` allows.
@@ -64,16 +66,37 @@ def run(context: StageContext) -> StageResult:
     sample = _Sample(context)
     total = len(batches) * config.factors.cg_iterations * sample.size
     found: dict[str, list[float]] = {}
+    gains: dict[str, float | None] = {}
     with context.progress("conjugate gradients", total, "sequences") as progress:
         for start, stop in batches:
             names = [record["query_id"] for record in records[start:stop]]
-            solved = _Batch(context, selection, sample, (start, stop), names, progress).solve()
-            found |= dict(zip(names, solved, strict=True))
+            record = _Batch(context, selection, sample, (start, stop), names, progress).solve()
+            histories = zip(*record["residuals"], strict=True)
+            found |= {name: list(history) for name, history in zip(names, histories, strict=True)}
+            gains |= dict(zip(names, record.get("gains", [None] * len(names)), strict=True))
     check_share(sample.excluded, sample.size, config.scan.nonfinite_share)
-    output.write_json("residuals.json", {"batches": batches, "residuals": found})
+    output.write_json("residuals.json", {"batches": batches, "residuals": found, "gains": gains})
     discard_parts(output)
     counts = {"queries": len(records), "iterations": max(map(len, found.values())) - 1, "sequences": sample.size}
     return StageResult(counts, {"residuals": found, "excluded": sample.excluded, "replica_seconds": sample.seconds})
+
+
+def in_short(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What `summary.json` says of `residuals.json`: by query, iterations, the last relative residual, and the gain."""
+    residuals = record["residuals"]
+    return {
+        "iterations": {name: _iterations(history) for name, history in residuals.items()},
+        "residual": {name: history[-1] for name, history in residuals.items()},
+        "gain": {name: record.get("gains", {}).get(name) for name in residuals},
+    }
+
+
+def _iterations(history: Sequence[float]) -> int:
+    """Those that moved a query: the residual of one that has stopped is told again and again."""
+    last = len(history) - 1
+    while last and history[last] == history[last - 1]:
+        last -= 1
+    return last
 
 
 class _Sample:
@@ -115,8 +138,8 @@ class _Batch:
         self._tolerance = TOLERANCE[config.scan.sum_dtype]
         self._before = progress.done  # by other batches
 
-    def solve(self) -> list[list[float]]:
-        """The relative residuals of each query, before the first and after each iteration."""
+    def solve(self) -> dict[str, Any]:
+        """The record of the last iteration; its `residuals` are a list for each, the first of them before any."""
         finished = f"parts/{self._systems.name}.json"
         if self._output.exists(finished):
             record = self._output.read_json(finished)
@@ -128,7 +151,7 @@ class _Batch:
             self._progress.advance_to(self._before + self._iterations * self._sample.size)  # some may not be needed
         self._sample.excluded |= record["excluded"]
         self._sample.seconds += record["seconds"]
-        return [list(history) for history in zip(*record["residuals"], strict=True)]
+        return record
 
     def _finish(self) -> dict[str, Any]:
         record = self._latest() or self._begin()
@@ -171,7 +194,7 @@ class _Batch:
         beta_K = torch.zeros_like(rz_K).index_copy(0, chosen, following)
         done = self._commit(record["iteration"] + 1, recursion, beta_K, energy_K, record, through)
         self._forget(done["iteration"])
-        self._tell(done, record, chosen)
+        self._tell(done, chosen)
         return done
 
     def _products(self, direction: Direction) -> _Pass:
@@ -230,6 +253,7 @@ class _Batch:
 
         The energy is ∇fᵀx = Σ α ⟨r, z⟩: it grows to that of the solution as the error in the norm of G + λ falls.
         """
+        gains = _gains(before, energy_K.tolist())
         before = before or {"residuals": [], "excluded": {}, "seconds": 0.0}
         record = {
             "iteration": iteration,
@@ -239,6 +263,7 @@ class _Batch:
             "halted": recursion.halted_K.tolist(),
             "beta": beta_K.tolist(),
             "energy": energy_K.tolist(),
+            "gains": gains,
             "residuals": [*before["residuals"], recursion.residual_K.tolist()],
             "excluded": before["excluded"] | through.excluded,
             "seconds": before["seconds"] + through.seconds,
@@ -253,11 +278,11 @@ class _Batch:
         for name in sorted(names, key=lambda name: not name.endswith(".json")):
             self._output.delete(name)
 
-    def _tell(self, record: dict[str, Any], before: dict[str, Any], chosen: Tensor) -> None:
+    def _tell(self, record: dict[str, Any], chosen: Tensor) -> None:
         """Say how far the residuals have fallen and what the iteration has added, and which residuals began to grow."""
         residuals = torch.tensor(record["residuals"], dtype=torch.float64)
-        after, energy = residuals[-1], torch.tensor(record["energy"], dtype=torch.float64)
-        gained = (1 - torch.tensor(before["energy"], dtype=torch.float64) / energy)[chosen]
+        after = residuals[-1]
+        gained = [gain for number in chosen.tolist() if (gain := record["gains"][number]) is not None]
         log.info(
             "conjugate gradients, queries %d to %d, iteration %d of %d: relative residual %.3g (median), %.3g (worst); "
             "of gradientᵀ answer, %.1f %% (median) came in this one",
@@ -267,7 +292,7 @@ class _Batch:
             self._iterations,
             statistics.median(after.tolist()),
             float(after.max()),
-            100 * statistics.median(gained.tolist()),
+            100 * statistics.median(gained or [0.0]),
         )
         best = residuals[:-1].min(0).values
         grown = [k for k in chosen.tolist() if after[k] > GROWTH * best[k] >= residuals[-2, k]]
@@ -294,6 +319,14 @@ class _Pass:
     sequences: int
     excluded: dict[str, str]
     seconds: float
+
+
+def _gains(before: Mapping[str, Any] | None, energy: Sequence[float]) -> list[float | None]:
+    """The share of ∇fᵀx that the last iteration of each query has brought; None before the first."""
+    if before is None:
+        return [None] * len(energy)
+    told = zip(before["energy"], energy, before.get("gains", [None] * len(energy)), strict=True)
+    return [1 - old / new if new != old and new else earlier for old, new, earlier in told]
 
 
 def _recursion(record: dict[str, Any]) -> Recursion:

@@ -91,6 +91,13 @@ def test_scores_are_those_of_the_dense_inverse(
         assert len(history) <= 81
         assert history[-1] < 1e-9
     assert "iteration 1 of 80: relative residual" in caplog.text
+    said, residuals = result.summary["refinement"], result.outcomes["refinement"].extra["residuals"]
+    assert said["residual"] == {name: history[-1] for name, history in residuals.items()}
+    for name, iterations in said["iterations"].items():
+        assert 10 < iterations <= 80
+        assert residuals[name][iterations - 1] != residuals[name][-1] == residuals[name][iterations]
+        assert 0 < said["gain"][name] < 1e-9
+    assert "iterations at most; relative residual" in result.report_path.read_text(encoding="utf-8")
     assert not result.artifact("refinement").list("parts/")
 
 
@@ -150,6 +157,7 @@ def test_a_run_that_was_cut_goes_on_and_ends_in_the_same_bits(
     assert done == [(1, 1), (2, 0), (2, 1)]
     assert furthest(found, few) == 0
     assert found.extra["residuals"] == few.extra["residuals"]
+    assert found.artifact.read_json("residuals.json") == few.artifact.read_json("residuals.json")
 
 
 @pytest.mark.slow

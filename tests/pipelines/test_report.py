@@ -151,6 +151,25 @@ def test_tails_and_survival_reach_the_page(tmp_path: Path):
     assert found["tails"]["share"][-1][0] == 100
 
 
+def test_conjugate_gradients_are_told_with_what_they_lack(tmp_path: Path):
+    name, other = query_ids(Size())[:2]
+    residual = {"residual": {name: 2.5, other: 0.01}, "iterations": {name: 10, other: 7}}
+    found = residual | {"gain": {name: 0.125, other: None}}
+    folder = write_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    write_json(folder / "summary.json", summary | {"refinement": found})
+    told = record(write_report(folder, ReportConfig()).read_text(encoding="utf-8"))
+    assert told["queries"][0]["refinement"] == {"iterations": 10, "residual": 2.5, "gain": 0.125}
+    assert told["queries"][1]["refinement"]["gain"] is None
+    assert told["queries"][2]["refinement"] is None
+    text = dict(told["facts"])["conjugate gradients"]
+    assert "10 iterations at most; relative residual 1.25 (median), 2.5 (worst)" in text
+    assert "the last iteration brought 12.5 % (median)" in text
+    write_json(folder / "summary.json", summary | {"refinement": {}})
+    told = record(write_report(folder, ReportConfig()).read_text(encoding="utf-8"))
+    assert "conjugate gradients" not in dict(told["facts"])
+
+
 def test_only_its_own_style_and_script_may_run_and_nothing_may_be_asked_for(tmp_path: Path):
     page = write_report(write_run(tmp_path), ReportConfig()).read_text(encoding="utf-8")
     markup = Markup(page)

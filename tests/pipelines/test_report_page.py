@@ -380,6 +380,17 @@ def test_a_poor_power_law_stands_beside_what_was_counted(report: Path, open_repo
     assert "about 900 [450, 1,800] would have to be scanned; 8,000 were." in page.inner_text(".tails")
 
 
+def test_a_query_says_how_far_its_conjugate_gradients_got(report: Path, open_report: Open, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(report.parent, folder)
+    name = query_ids(Size())[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["refinement"] = {"iterations": {name: 10}, "residual": {name: 2.5}, "gain": {name: 0.125}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = open_report(write_report(folder, ReportConfig())).go(q=name)
+    assert "10 iterations, the last brought 12.5\xa0% · relative residual 2.5" in page.inner_text(".hero .meta")
+
+
 def test_a_printed_overview_has_all_its_columns_and_times(report: Path, open_report: Open):
     page = open_report(report).page
     page.emulate_media(media="print")

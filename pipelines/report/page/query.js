@@ -49,6 +49,7 @@ function hero(query) {
     facts.push(`probability ${chance(Math.exp(query.measured))}`);
   if (query.rank) facts.push(`${plural(query.rank, "singular value")}`);
   if (query.fidelity !== null) facts.push(`fidelity ${query.fidelity}`);
+  if (query.refinement) facts.push(...refinementFacts(query.refinement));
   if (query.convergence !== null) facts.push(`convergence ${query.convergence}`);
   return el(
     "section",
@@ -65,6 +66,12 @@ function hero(query) {
     ),
     el("p", { class: "meta" }, facts.join(" \u00b7 ")),
   );
+}
+
+/** How far conjugate gradients got. */
+function refinementFacts({ iterations, residual, gain }) {
+  const last = gain === null ? "" : `, the last brought ${percent(gain)}`;
+  return [`${plural(iterations, "iteration")}${last}`, `relative residual ${number(residual)}`];
 }
 
 function toolbar(query, sequences, view) {
