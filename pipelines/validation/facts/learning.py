@@ -102,10 +102,10 @@ def learn(choice: Choice, spec: FactsSpec, folder: Path) -> Training:
 
 
 def words_of(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer, case kept, in which words that occur once are unknown: most of these are names.
+    """A word-level tokenizer, case kept, in which words that occur once are unknown.
 
-    Without them the vocabulary, and with it the cost of a small model, is a third; a fact is only asked for if all its
-    words are known.
+    A small model's cost is mostly that of its vocabulary, which is 2,935 words instead of 7,317 for 1,500 sentences of
+    T-REx; 13 % of their tokens are then unknown. A fact is only asked for if all its words are known.
     """
     words = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
