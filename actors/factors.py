@@ -22,7 +22,7 @@ from influence.covariance import CovarianceSums, SecondMoment, all_strips
 from influence.eigenbasis import BlockBasis
 from influence.layers import LayerSelection, TrackedLayer, Untracked
 from influence.scoring import LayerQueries
-from influence.solvers import SOLVERS, LayerCurvature, SolverState
+from influence.solvers import SOLVERS, LayerCurvature, NoCurvature, SolverState
 from influence.worker import TokenFactors
 
 BUNDLE_BYTES = 1 << 27  # of partial sums in one file
@@ -155,13 +155,13 @@ def fit_solver(
     """The fitted solver of one layer and the weights of its score norm.
 
     Raises:
-        ValueError: naming the layer, if its curvature cannot be inverted.
+        NoCurvature: a `ValueError` that names the layer, if its curvature cannot be inverted.
     """
     curvature = read_curvature(factors, layer)
     try:
         state = SOLVERS[solver].fit(curvature, damping_factor)
-    except ValueError as error:
-        raise ValueError(f"layer {layer.name}: {error}") from error
+    except NoCurvature as error:
+        raise NoCurvature(f"layer {layer.name}: {error}") from error
     return state, ScoreWeights.of(curvature, layer.outputs, layer.columns)
 
 

@@ -32,11 +32,24 @@ from influence.solvers import apply_rotated
 
 @dataclass(frozen=True)
 class Parts:
-    """The committed partial sums of one bundle of layers: the folder of each group, in order, and its ranks."""
+    """The committed partial sums of one bundle of layers: the folder of each group, in order, and its ranks.
+
+    Attributes:
+        output: where the sums are.
+        groups: folder and ranks of each group.
+        bundle: number of the bundle.
+        into: where what they add up to is written; None is beside the sums.
+    """
 
     output: Artifact
     groups: Sequence[tuple[str, int]]
     bundle: int
+    into: Artifact | None = None
+
+    @property
+    def target(self) -> Artifact:
+        """Where what they add up to is written."""
+        return self.into or self.output
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, group by group and rank by rank."""
@@ -84,7 +97,7 @@ def merge_covariance(parts: Parts, layers: Sequence[TrackedLayer], blocks: int, 
             key = f"{side}/{layer.name}"
             means = covariance_moment(total, key, size, blocks, rows[key]).mean()
             tensors = {f"mean/{index}": block for index, block in enumerate(means)}
-            parts.output.write_tensors(f"{key}.safetensors", tensors, {"rows": str(rows[key])})
+            parts.target.write_tensors(f"{key}.safetensors", tensors, {"rows": str(rows[key])})
 
 
 def decompose(output: Artifact, covariance: Artifact, factor: str, dtype: torch.dtype) -> None:
@@ -105,7 +118,7 @@ def merge_correction(parts: Parts, layers: Sequence[TrackedLayer], sequences: in
         mean = (totals[layer.name] / sequences).to(dtype)
         if not bool(torch.isfinite(mean).all()):
             raise ValueError(f"correction of layer {layer.name} holds values that are not finite")
-        parts.output.write_tensors(layer_file(layer.name), {"correction": mean}, {"sequences": str(sequences)})
+        parts.target.write_tensors(layer_file(layer.name), {"correction": mean}, {"sequences": str(sequences)})
 
 
 def precondition(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,6 +59,7 @@ from actors.store import Artifact
 from actors.tasks import (
     AgreementTask,
     AttributionTask,
+    ConvergenceTask,
     Done,
     FidelityTask,
     GroupTask,
@@ -76,10 +77,10 @@ from influence.covariance import CovarianceSums
 from influence.exchange import Alone, Exchange
 from influence.gauss_newton import GaussNewton, LanguageNetwork, ProductSums
 from influence.labels import Labels, SampledLabels, TrueLabels
-from influence.layers import LayerSelection, group_inputs, select_layers
+from influence.layers import LayerSelection, TrackedLayer, group_inputs, select_layers
 from influence.measurement import MEASUREMENTS, MeasuredQuery
 from influence.scoring import LayerQueries
-from influence.solvers import apply
+from influence.solvers import NoCurvature, apply
 from influence.worker import NonFiniteSequences, Precision, TokenFactors, Worker
 
 log = logging.getLogger(__name__)
@@ -211,13 +212,27 @@ class Replica:
         self._bases.release()
 
         def full() -> dict[str, LayerQueries]:
-            names = [layer.name for layer in self.selection.layers]
-            return {name: self._full_queries(task, name) for name in names}
+            return {layer.name: self._full_queries(task, layer) for layer in self.selection.layers}
 
         def compressed() -> dict[str, LayerQueries]:
             return self._queries.some(task.compressed, task.queries)
 
         return self._compared(task, (compressed, self.worker, True), (full, self.worker, True))
+
+    def convergence(self, task: ConvergenceTask) -> Done:
+        """Scores of a sample by the full-rank queries of each fit: as many [N, Q] tensors, as lists.
+
+        Text in their place, where a fit has no curvature in some layer, which a small sample may not have.
+        """
+        self._bases.release()
+
+        def preconditioned(factors: Mapping[str, Artifact]) -> Callable[[], dict[str, LayerQueries]]:
+            return lambda: {layer.name: self._preconditioned(task, factors, layer) for layer in self.selection.layers}
+
+        try:
+            return self._compared(task, *((preconditioned(factors), self.worker, True) for factors in task.fits))
+        except NoCurvature as error:
+            return Done(result=str(error))
 
     # --- conjugate gradients ----------------------------------------------------------------------------------------
 
@@ -378,7 +393,9 @@ class Replica:
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
-    def _compared(self, task: FidelityTask | AgreementTask, *ways: tuple[Callable[[], dict], Worker, bool]) -> Done:
+    def _compared(
+        self, task: FidelityTask | ConvergenceTask | AgreementTask, *ways: tuple[Callable[[], dict], Worker, bool]
+    ) -> Done:
         """Score a sample in each way, one after the other, so that only one set of queries is made at a time."""
         started = time.perf_counter()
         found = []
@@ -445,15 +462,23 @@ class Replica:
         index = sequences.read_json("index.json")
         return max(1, round(index["tokens"] / index["sequences"]))
 
-    def _full_queries(self, task: FidelityTask, name: str) -> LayerQueries:
-        layer = next(layer for layer in self.selection.layers if layer.name == name)
+    def _full_queries(self, task: FidelityTask, layer: TrackedLayer) -> LayerQueries:
         if task.refined is not None:
-            full = list(read_refined(task.refined, name, task.queries))
+            full = list(read_refined(task.refined, layer.name, task.queries))
         else:
             state, _ = fit_solver(task.solver, task.factors, layer, task.damping_factor)
-            factors = read_token_factors(task.gradients, name, task.queries)
+            factors = read_token_factors(task.gradients, layer.name, task.queries)
             full = [apply(state, factor.gradient()) for factor in factors]
-        dense_QOI = torch.stack(full)
+        return self._queries.placed(LayerQueries(len(task.queries), dense_QOI=torch.stack(full)), shared=True)
+
+    def _preconditioned(
+        self, task: ConvergenceTask, factors: Mapping[str, Artifact], layer: TrackedLayer
+    ) -> LayerQueries:
+        """Full matrices of a task's queries in one layer, computed on the device in the type of the sums."""
+        state, _ = fit_solver(task.solver, factors, layer, task.damping_factor)
+        dtype, found = self.worker.precision.sums, read_token_factors(task.gradients, layer.name, task.queries)
+        state = state.to(dtype, self.device)
+        dense_QOI = torch.stack([apply(state, factor.gradient().to(self.device, dtype)) for factor in found])
         return self._queries.placed(LayerQueries(len(task.queries), dense_QOI=dense_QOI), shared=True)
 
     def _score(

@@ -85,6 +85,34 @@ class FidelityTask:
 
 
 @dataclass(frozen=True)
+class ConvergenceTask:
+    """Score a sample of sequences with queries that are preconditioned by each of several fits.
+
+    Attributes:
+        sequence_ids: the sample.
+        sequences: the tokenised corpus.
+        gradients: of the queries.
+        fits: the factors of each fit, `eigenbasis` and, where the solver has it, `correction`.
+        solver: name of the solver.
+        damping_factor: damping = factor * mean eigenvalue.
+        queries: numbers of those that are scored.
+        size: sequences that each fit is of.
+    """
+
+    sequence_ids: tuple[int, ...]
+    sequences: Artifact
+    gradients: Artifact
+    fits: tuple[Mapping[str, Artifact], ...]
+    solver: str
+    damping_factor: float
+    queries: tuple[int, ...]
+    size: int
+
+    def __str__(self) -> str:
+        return f"fits on {self.size} sequences, queries {self.queries[0]}-{self.queries[-1]}"
+
+
+@dataclass(frozen=True)
 class ScanTask:
     """Score the candidates with sequence_id in [first, stop) and write one file of scores."""
 

@@ -175,6 +175,7 @@ class FactorsConfig:
     damping_factor: float = 0.1  # damping = factor * mean(correction), layer by layer
     seed: int = 0  # of the choice of sequences
     groups: int = 16  # fixed groups of sequences that are summed, committed and merged in order
+    convergence_share: float = 0.125  # of samples, for each of two disjoint fits that are compared; 0 compares none
     cg_iterations: int = 10  # of conjugate gradients (ekfac_cg), each a pass over cg_samples
     cg_samples: int | None = None  # sequences that its exact curvature is averaged over; None is those of samples
 

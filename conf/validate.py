@@ -71,6 +71,7 @@ LIMITS: Mapping[str, Limit] = {
     "factors.damping_factor": above(0),
     "factors.seed": SEED,
     "factors.groups": at_least(1),
+    "factors.convergence_share": Limit("from 0 to 0.5", lambda value: 0 <= value <= 0.5),
     "factors.cg_iterations": at_least(1),
     "factors.cg_samples": at_least(1),
     "queries.path": NOT_EMPTY,

@@ -14,6 +14,10 @@ from torch import Tensor
 from influence.eigenbasis import BlockBasis
 
 
+class NoCurvature(ValueError):
+    """What was fitted for a layer is zero, so that there is no damping relative to it."""
+
+
 @dataclass(frozen=True)
 class LayerCurvature:
     """What was fitted for one layer.
@@ -42,6 +46,16 @@ class SolverState:
     gradient: BlockBasis | None
     eigenvalues_OI: Tensor | None
     damping: float
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> SolverState:
+        """The same solver in another type or on another device."""
+
+        def moved(basis: BlockBasis | None) -> BlockBasis | None:
+            return None if basis is None else basis.to(dtype, device)
+
+        values = self.eigenvalues_OI
+        values = None if values is None else values.to(device=device, dtype=dtype)
+        return SolverState(moved(self.activation), moved(self.gradient), values, self.damping)
 
     def rotate(self, gradient_OI: Tensor) -> Tensor:
         """Q_Sᵀ G Q_A."""
@@ -168,7 +182,7 @@ def kronecker_eigenvalues(curvature: LayerCurvature) -> Tensor:
 def _state(curvature: LayerCurvature, eigenvalues_OI: Tensor, damping_factor: float) -> SolverState:
     damping = damping_factor * float(eigenvalues_OI.mean(dtype=torch.float64))
     if not damping > 0:
-        raise ValueError(
+        raise NoCurvature(
             f"damping {damping}: the layer's curvature is zero on the sample (or factors.damping_factor is); "
             "fit on more sequences or choose a positive damping_factor"
         )

@@ -6,7 +6,7 @@ Pure: formulas of `influence.cost` and `influence.traffic` over a `pipelines.wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -19,12 +19,15 @@ from influence.distribution import BINS
 from influence.layers import TrackedLayer
 from influence.passes import basis_share, correction_share, covariance_bytes
 from influence.scoring import DENSE_COPIES
+from influence.solvers import SOLVERS
 from influence.tails import tail_size
 from pipelines.rates import ATTENTION, DECOMPOSITIONS, DOUBLES, ELEMENTWISE, TEXT
 from pipelines.stages.agreement import sample_size as agreement_size
 from pipelines.stages.attribution import exact_dtype
 from pipelines.stages.compression import uncompressed
+from pipelines.stages.convergence import SCORED, chosen_queries, fitted_solver
 from pipelines.stages.fidelity import sample_size as fidelity_size
+from pipelines.stages.halves import HALVES, group_counts, sizes_of
 from pipelines.stages.ihvp import kept
 from pipelines.stages.refinement import COPIES, cg_sample, queries_at_a_time
 from pipelines.stages.scan import shard_size
@@ -73,6 +76,7 @@ def estimate(load: Workload) -> dict[str, StepCost]:
         "eigenbasis": eigenbasis,
         "correction": correction,
         "gradients": gradients,
+        "convergence": convergence,
         "refinement": refinement,
         "ihvp": ihvp,
         "queries": compression,
@@ -97,14 +101,21 @@ def tokenise(load: Workload) -> StepCost:
     return StepCost({TEXT: load.corpus_bytes}, disk=disk, stored=load.corpus_bytes + disk, tasks=True, pieces=parts)
 
 
-def covariance(load: Workload) -> StepCost:
-    """A and S over the sample, in as many passes as memory asks for; merged in float64."""
-    config, blocks, ranks, each = load.config, load.config.factors.blocks, load.ranks, load.sampled()
+def covariance(load: Workload, units: Sequence[int] | None = None) -> StepCost:
+    """A and S over the sample, in as many passes as memory asks for; merged in float64.
+
+    Args:
+        load: the run.
+        units: sequences of each group, if not those of the run's own sample.
+    """
+    units = load.units if units is None else units
+    config, blocks, ranks, samples = load.config, load.config.factors.blocks, load.ranks, sum(units)
+    each = load.in_step(units)
     product, itemsize = config.scan.product_dtype, bytes_of(config.scan.sum_dtype)
     planned = covariance_passes(load)
     extra = sum(cost.covariance_flops(layer, load.tokens, load.calls(layer), blocks, ranks) for layer in load.layers)
-    floors = [passes(load, load.samples, load.tokens, True, layers) for layers in planned]
-    parts = cost.strip_numbers(load.layers, blocks) * itemsize * load.groups
+    floors = [passes(load, samples, load.tokens, True, layers) for layers in planned]
+    parts = cost.strip_numbers(load.layers, blocks) * itemsize * len(units)
     disk = DOUBLE * cost.covariance_numbers(load.layers, blocks)
 
     def held(layers: Sequence[TrackedLayer]) -> dict[str, int]:
@@ -113,13 +124,13 @@ def covariance(load: Workload) -> StepCost:
 
     rows = each.own * traffic.covariance_received(load.layers, load.tokens, load.shape.calls, ranks)
     return StepCost(
-        merged(*floors, {product.name: load.samples * extra}),
+        merged(*floors, {product.name: samples * extra}),
         largest_memory(planned, held),
         disk,
         parts,
         _moved(load, each, planned, ranks * rows * bytes_of(product)),
         2 * parts + disk,
-        pieces=load.groups * len(planned),
+        pieces=len(units) * len(planned),
         passes=planned,
     )
 
@@ -147,15 +158,22 @@ def eigenbasis(load: Workload) -> StepCost:
     )
 
 
-def correction(load: Workload) -> StepCost:
-    """Λ over the sample, in as many passes as memory asks for; every rank reads the bases, to keep its share."""
-    config, blocks, ranks, each = load.config, load.config.factors.blocks, load.ranks, load.sampled()
+def correction(load: Workload, units: Sequence[int] | None = None) -> StepCost:
+    """Λ over the sample, in as many passes as memory asks for; every rank reads the bases, to keep its share.
+
+    Args:
+        load: the run.
+        units: as in `covariance`.
+    """
+    units = load.units if units is None else units
+    config, blocks, ranks, samples = load.config, load.config.factors.blocks, load.ranks, sum(units)
+    each = load.in_step(units)
     product, itemsize = config.scan.product_dtype, bytes_of(config.scan.sum_dtype)
     planned = correction_passes(load)
     extra = sum(
         cost.correction_flops(layer, load.tokens, load.calls(layer), blocks, ranks=ranks) for layer in load.layers
     )
-    floors = [passes(load, load.samples, load.tokens, True, layers) for layers in planned]
+    floors = [passes(load, samples, load.tokens, True, layers) for layers in planned]
     disk = cost.correction_numbers(load.layers) * itemsize
 
     def held(layers: Sequence[TrackedLayer]) -> dict[str, int]:
@@ -167,16 +185,16 @@ def correction(load: Workload) -> StepCost:
 
     received = traffic.correction_received(load.layers, load.tokens, load.shape.calls, ranks)
     rows = ranks * each.own * received * bytes_of(product)
-    readers = load.ranks * min(load.replicas, load.groups)
+    readers = load.ranks * min(load.replicas, len(units))
     read = readers * cost.basis_numbers(load.layers, blocks) * itemsize
     return StepCost(
-        merged(*floors, {product.name: load.samples * extra}),
+        merged(*floors, {product.name: samples * extra}),
         largest_memory(planned, held),
         disk,
-        disk * load.groups,
+        disk * len(units),
         _moved(load, each, planned, rows),
-        2 * disk * load.groups + disk + read,
-        pieces=load.groups * len(planned),
+        2 * disk * len(units) + disk + read,
+        pieces=len(units) * len(planned),
         passes=planned,
     )
 
@@ -272,31 +290,79 @@ def compression(load: Workload) -> StepCost:
 
 def fidelity(load: Workload) -> StepCost:
     """A sample scored by full matrices of compressed and of uncompressed queries; each rank holds a share of them."""
-    scan_config, sample = load.config.scan, min(fidelity_size(load.config.queries), load.sequences)
-    if not sample:
-        return StepCost()
+    sample = min(fidelity_size(load.config.queries), load.sequences)
+    return _at_full_rank(load, sample, load.query_tokens, 2, {DOUBLES: 1}) if sample else StepCost()
+
+
+def _at_full_rank(
+    load: Workload, sample: int, query_tokens: Sequence[int], ways: int, solved: Mapping[str, int]
+) -> StepCost:
+    """A sample scored by full matrices of some queries.
+
+    Args:
+        load: the run.
+        sample: sequences.
+        query_tokens: positions of each query.
+        ways: how many times, with as many matrices of each query.
+        solved: how many of these are preconditioned for it, by kind of work; by each rank, which then keeps its share.
+    """
+    scan_config, blocks = load.config.scan, load.config.factors.blocks
     matrices = SINGLE * cost.correction_numbers(load.layers)
-    width = max(1, min(load.queries, scan_config.dense_memory // (DENSE_COPIES * matrices)))
-    rounds, shared = -(-load.queries // width), load.ranks > 1
-    each = Lockstep.over([sample] * (2 * rounds), load.ranks, scan_config.batch_size)
+    width = max(1, min(len(query_tokens), scan_config.dense_memory // (DENSE_COPIES * matrices)))
+    rounds, shared = -(-len(query_tokens) // width), load.ranks > 1
     formed = sum(
         cost.scan_flops(layer, "dense", load.tokens, 0, width, load.calls(layer), shared) for layer in load.layers
     )
-    blocks = load.config.factors.blocks
     again = sum(
         cost.ihvp_flops(layer, (tokens - 1) * load.calls(layer), None, True, has_curvature(load), blocks)
         for layer in load.layers
-        for tokens in load.query_tokens
+        for tokens in query_tokens
     )
     work = merged(
-        passes(load, 2 * rounds * sample, load.tokens, False),
-        {scan_config.product_dtype.name: 2 * rounds * sample * formed},
-        {DOUBLES: again * load.ranks},  # by each rank, before it keeps its share
+        passes(load, ways * rounds * sample, load.tokens, False),
+        {scan_config.product_dtype.name: ways * rounds * sample * formed},
+        {kind: times * again * load.ranks for kind, times in solved.items()},
     )
     queries = 2 * DENSE_COPIES * width * matrices // load.ranks
     more = {"queries": queries, "formed": formed_bytes(load), "rows": row_bytes(load, load.layers)}
-    held = rank_memory(load, more)
+    held, each = rank_memory(load, more), load.in_step([sample] * (ways * rounds))
     return StepCost(work, held, moved=_scan_moved(load, each, True), pieces=rounds)
+
+
+def convergence(load: Workload) -> StepCost:
+    """Two fits of each size: A and S once for all of them, bases and Λ for each; and a sample that all of them score.
+
+    The time counts decompositions as work of the replicas, though tasks do it. Partial sums and bases are on disk
+    until the last sample is scored.
+    """
+    factors, solver = load.config.factors, fitted_solver(load.config.factors)
+    sizes = sizes_of(load.samples, factors.convergence_share)
+    if solver is None or not sizes:
+        return StepCost()
+    parts, blocks = group_counts(load.samples, factors.groups, sizes), factors.blocks
+    fits = HALVES * [[piece for part in parts[: size + 1] for piece in part] for size in range(len(sizes))]
+    first = covariance(load, HALVES * fits[-1])
+    bases = eigenbasis(load)
+    second = [correction(load, units) for units in fits] if SOLVERS[solver].needs_correction else []
+    tokens = [load.query_tokens[query] for query in chosen_queries(load.queries)]
+    solved = {load.config.scan.sum_dtype.name: len(fits)}
+    scored = _at_full_rank(load, min(SCORED, load.sequences), tokens, len(fits), solved)
+    every = [first, *second, *[bases] * len(fits), scored]
+    largest = max((first, *second, scored), key=lambda each: sum(each.memory.values()))
+    held = len(fits) * bases.disk
+    temporary = max(
+        first.temporary + len(fits) * DOUBLE * cost.covariance_numbers(load.layers, blocks),
+        held + sum(each.temporary + each.disk for each in second),
+    )
+    return StepCost(
+        merged(*(each.work for each in every)),
+        largest.memory,
+        0,
+        temporary,
+        merged(*(each.moved for each in every)),
+        sum(each.stored for each in every),
+        pieces=first.pieces,
+    )
 
 
 def agreement(load: Workload) -> StepCost:

@@ -21,6 +21,7 @@ from pipelines.stages import (
     attribution,
     candidates,
     compression,
+    convergence,
     correction,
     covariance,
     eigenbasis,
@@ -45,6 +46,7 @@ VERSIONS = {
     "eigenbasis": 1,
     "correction": 1,
     "gradients": 1,
+    "convergence": 1,
     "refinement": 1,
     "ihvp": 1,
     "queries": 2,
@@ -136,6 +138,7 @@ def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple
             queries | {"model": model, "measurement": config.queries.measurement.name},
             gradients.run,
         ),
+        _step("convergence", ("layers", "sequences", "gradients"), _convergence(config, model), convergence.run),
         *refined,
         _step("ihvp", ("layers", "gradients", *factors), inverse | {"kept": list(ihvp.kept(config.queries))}, ihvp.run),
         _step(
@@ -177,6 +180,17 @@ def _query_steps(config: RunConfig, model: dict, tokeniser: dict, factors: tuple
         ),
         _step("tails", ("candidates", "scores"), {"tails": plain(config.tails)}, tails.run),
     ]
+
+
+def _convergence(config: RunConfig, model: dict) -> dict[str, Any]:
+    """Of the fits on halves; where nothing is fitted, nothing else moves it."""
+    factors, solver = config.factors, convergence.fitted_solver(config.factors)
+    if not factors.convergence_share or solver is None:
+        return {"share": 0}
+    fits = {"solver": solver, "blocks": factors.blocks, "damping_factor": factors.damping_factor}
+    scored = {"scored": convergence.SCORED, "queries": convergence.QUERIES}
+    sampled = _sampling(config) | {"model": model, "precision": _precision(config)}
+    return {"share": factors.convergence_share} | fits | scored | sampled
 
 
 def _refinement(config: RunConfig, model: dict, factors: tuple[str, ...]) -> Step:

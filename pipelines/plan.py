@@ -86,7 +86,9 @@ def make_plan(config: RunConfig, rates: Rates | None = None) -> Plan:
     candidates, from_feeds = candidate_extent(config, extent, len(tokens), found.ready("candidates"))
     sizes = (extent.sequences, extent.tokens, candidates, tokens, extent.corpus_bytes)
     load = Workload(config, selection.layers, shape, selection.total_parameters, *sizes, shape_of)
-    dtypes = [dtype.name for dtype in (config.model.dtype, config.scan.product_dtype, exact_dtype(config))]
+    scan = config.scan
+    kinds = (config.model.dtype, scan.product_dtype, scan.sum_dtype, exact_dtype(config))
+    dtypes = [dtype.name for dtype in kinds]
     rates = rates or rates_for(config.cluster, dtypes, _typical_product(load), config.plan)
     rates = replace(rates, of=dict(rates.of) | {TEXT: extent.bytes_a_second * config.cluster.cpus_per_rank})
     try:
@@ -106,6 +108,7 @@ def step_names(config: RunConfig) -> list[str]:
     refined = ["refinement"] * solver.refined
     queries = [
         "gradients",
+        "convergence",
         *refined,
         "ihvp",
         "queries",

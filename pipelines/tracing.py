@@ -189,6 +189,7 @@ def summarise(config: RunConfig, outcomes: Mapping[str, StageOutcome], started: 
         "layers": outcomes["layers"].extra["description"],
         "candidates": {key: value for key, value in candidates.items() if key != "files"},
         "fidelity": outcomes["fidelity"].artifact.read_json("fidelity.json"),
+        "convergence": outcomes["convergence"].artifact.read_json("convergence.json"),
         "refinement": _refinement(outcomes),
         "agreement": outcomes["agreement"].artifact.read_json("agreement.json"),
         "attribution": attribution.in_short(outcomes["attribution"].artifact),

@@ -123,11 +123,19 @@ class Workload:
             return self.shape
         return self.shape_of(layers)
 
+    @property
+    def units(self) -> list[int]:
+        """Sequences of each group of the sample."""
+        small, longer = divmod(self.samples, self.groups)
+        return [small + (index < longer) for index in range(self.groups)]
+
+    def in_step(self, units: Iterable[int]) -> Lockstep:
+        """One pass over groups of so many sequences each."""
+        return Lockstep.over(units, self.ranks, self.config.scan.batch_size)
+
     def sampled(self) -> Lockstep:
         """One pass over the sample."""
-        small, longer = divmod(self.samples, self.groups)
-        units = [small + (index < longer) for index in range(self.groups)]
-        return Lockstep.over(units, self.ranks, self.config.scan.batch_size)
+        return self.in_step(self.units)
 
     def scanned(self) -> Lockstep:
         """The scan."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from actors.factors import correction_bundles
 from actors.reduction import merge_correction, merge_correction_bytes
+from actors.store import Artifact
 from actors.tasks import GroupTask
 from influence.passes import correction_bytes
-from pipelines.stages.grouped import Bundled, GroupTotals, Merge, Part, Statistic, run_statistic
+from pipelines.stages.grouped import Bundled, GroupTotals, Merge, MergeOf, Part, Statistic, TaskOf, run_statistic
 from pipelines.steps import StageContext, StageResult
 
 CORRECTION = Statistic("correction", correction_bytes, correction_bundles)
@@ -16,12 +19,17 @@ CORRECTION = Statistic("correction", correction_bytes, correction_bundles)
 
 def run(context: StageContext) -> StageResult:
     """Write `layers/<layer>.safetensors` with Λ, the mean over sequences, and `merged.json`."""
-    config, output, sequences = context.config, context.artifact, context.inputs["sequences"]
-    bases, dtype = context.inputs["eigenbasis"], getattr(torch, config.scan.sum_dtype.name)
+    bases = context.inputs["eigenbasis"]
+    return run_statistic(context, CORRECTION, task_of(context, lambda _group: bases), merge_of(context))
+
+
+def task_of(context: StageContext, bases_of: Callable[[int], Artifact]) -> TaskOf:
+    """What is asked of a replica for a part; the eigenbasis is that of its group."""
+    config, sequences = context.config, context.inputs["sequences"]
 
     def task(part: Part) -> GroupTask:
         return GroupTask(
-            output,
+            context.artifact,
             part.folder,
             part.group,
             part.layers,
@@ -29,13 +37,20 @@ def run(context: StageContext) -> StageResult:
             sequences,
             config.factors.labels,
             config.seed,
-            bases=bases,
+            bases=bases_of(part.group),
             excluded=part.excluded,
         )
+
+    return task
+
+
+def merge_of(context: StageContext) -> MergeOf:
+    """How the parts become means."""
+    dtype = getattr(torch, context.config.scan.sum_dtype.name)
 
     def merge(totals: GroupTotals, bundles: Bundled) -> Merge:
         found = list(bundles)
         memory = [merge_correction_bytes(layers) for _, layers in found]
         return merge_correction, [(parts, layers, totals.sequences, dtype) for parts, layers in found], memory
 
-    return run_statistic(context, CORRECTION, task, merge)
+    return merge

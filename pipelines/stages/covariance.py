@@ -9,7 +9,7 @@ from actors.tasks import GroupTask
 from influence.cost import factor_sizes
 from influence.eigenbasis import check_decomposable
 from influence.passes import covariance_bytes
-from pipelines.stages.grouped import Bundled, GroupTotals, Merge, Part, Statistic, run_statistic
+from pipelines.stages.grouped import Bundled, GroupTotals, Merge, MergeOf, Part, Statistic, TaskOf, run_statistic
 from pipelines.steps import StageContext, StageResult
 
 COVARIANCE = Statistic("covariance", covariance_bytes, covariance_bundles)
@@ -21,17 +21,23 @@ def run(context: StageContext) -> StageResult:
     Raises:
         ConfigError: if a factor is too large to be decomposed, or for `cluster.memory_per_rank`.
     """
-    config, output, sequences = context.config, context.artifact, context.inputs["sequences"]
-    blocks = config.factors.blocks
+    blocks = context.config.factors.blocks
     for name, size in factor_sizes(load_selection(context.inputs["layers"]).layers).items():
         try:
             check_decomposable(name, size, blocks)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
+    return run_statistic(context, COVARIANCE, task_of(context), merge_of(context))
+
+
+def task_of(context: StageContext) -> TaskOf:
+    """What is asked of a replica for a part."""
+    config, sequences = context.config, context.inputs["sequences"]
+
     def task(part: Part) -> GroupTask:
         return GroupTask(
-            output,
+            context.artifact,
             part.folder,
             part.group,
             part.layers,
@@ -39,13 +45,20 @@ def run(context: StageContext) -> StageResult:
             sequences,
             config.factors.labels,
             config.seed,
-            blocks,
+            config.factors.blocks,
             excluded=part.excluded,
         )
+
+    return task
+
+
+def merge_of(context: StageContext) -> MergeOf:
+    """How the parts become means."""
+    blocks = context.config.factors.blocks
 
     def merge(totals: GroupTotals, bundles: Bundled) -> Merge:
         found = list(bundles)
         memory = [merge_covariance_bytes(layers, blocks) for _, layers in found]
         return merge_covariance, [(parts, layers, blocks, totals.rows) for parts, layers in found], memory
 
-    return run_statistic(context, COVARIANCE, task, merge)
+    return merge

@@ -58,9 +58,7 @@ def _tasks(context: StageContext, queries: int) -> list[FidelityTask]:
     config, inputs = context.config, context.inputs
     ids = sample_of(inputs["sequences"], sample_size(config.queries), config.seed)
     factors = {name: inputs[name] for name in ("eigenbasis", "correction") if name in inputs}
-    numbers = sum(layer.columns * layer.outputs for layer in load_selection(inputs["layers"]).layers)
-    size = DENSE_COPIES * getattr(torch, config.scan.sum_dtype.name).itemsize * numbers
-    width = max(1, int(config.scan.dense_memory // size))
+    width = queries_at_full_rank(context)
     return [
         FidelityTask(
             ids,
@@ -75,6 +73,14 @@ def _tasks(context: StageContext, queries: int) -> list[FidelityTask]:
         )
         for start in range(0, queries, width)
     ]
+
+
+def queries_at_full_rank(context: StageContext) -> int:
+    """How many queries `scan.dense_memory` holds at full rank, at least one."""
+    scan = context.config.scan
+    numbers = sum(layer.columns * layer.outputs for layer in load_selection(context.inputs["layers"]).layers)
+    size = DENSE_COPIES * getattr(torch, scan.sum_dtype.name).itemsize * numbers
+    return max(1, int(scan.dense_memory // size))
 
 
 def _warn(measured: dict, wanted: float | None) -> None:

@@ -147,39 +147,63 @@ def run_statistic(context: StageContext, statistic: Statistic, task_of: TaskOf, 
     Raises:
         NonFiniteShare: if more sequences were set aside than `scan.nonfinite_share` allows.
     """
-    output = context.artifact
+    output, config = context.artifact, context.config
     if output.exists("merged.json"):
         totals = GroupTotals(**output.read_json("merged.json"))
     else:
         passes = passes_of(context, statistic)
-        totals = run_groups(context, statistic, passes, task_of)
-        for _ in context.cluster.map(*merge_of(totals, _parts(output, totals.groups, passes, statistic.bundles))):
+        groups = sample_groups(context.inputs["sequences"].read_json("index.json")["sequences"], config.factors)
+        run_groups(context, statistic, passes, groups, task_of)
+        totals = totals_of(output, passes, range(len(groups)))
+        check_share(totals.excluded, sum(map(len, groups)), config.scan.nonfinite_share)
+        for _ in context.cluster.map(*merge_of(totals, bundled(output, statistic, passes, range(len(groups))))):
             pass
         output.write_json("merged.json", vars(totals))
     discard_parts(output)
     return StageResult(totals.counts(), totals.extra())
 
 
-def _parts(output: Artifact, groups: int, passes: Sequence[Sequence[TrackedLayer]], bundles: Bundles) -> Bundled:
+def bundled(
+    output: Artifact,
+    statistic: Statistic,
+    passes: Sequence[Sequence[TrackedLayer]],
+    groups: Sequence[int],
+    into: Artifact | None = None,
+) -> Bundled:
+    """The committed sums of some groups, bundle by bundle, to be merged.
+
+    Args:
+        output: where they are.
+        statistic: which one.
+        passes: the layers of each pass.
+        groups: their numbers, in the order in which they are added.
+        into: where what they add up to goes; None is beside them.
+    """
     for layers in passes:
         names = tuple(layer.name for layer in layers)
-        folders = [part_folder(names, group) for group in range(groups)]
+        folders = [part_folder(names, group) for group in groups]
         written = [(folder, output.read_json(f"{folder}/done.json")["ranks"]) for folder in folders]
-        for number, bundle in enumerate(bundles(layers)):
-            yield Parts(output, written, number), bundle
+        for number, bundle in enumerate(statistic.bundles(layers)):
+            yield Parts(output, written, number, into), bundle
 
 
 def run_groups(
-    context: StageContext, statistic: Statistic, passes: Sequence[Sequence[TrackedLayer]], task_of: TaskOf
-) -> GroupTotals:
-    """Deal the parts that are not committed yet, wait for all, and add up what they report.
+    context: StageContext,
+    statistic: Statistic,
+    passes: Sequence[Sequence[TrackedLayer]],
+    groups: Sequence[Sequence[int]],
+    task_of: TaskOf,
+) -> None:
+    """Deal the parts that are not committed yet, and wait until all are, and passes agree on what is set aside.
 
-    Raises:
-        NonFiniteShare: if more sequences were set aside than `scan.nonfinite_share` allows.
+    Args:
+        context: of the stage; its artifact gets the parts.
+        statistic: which one.
+        passes: the layers of each pass.
+        groups: sequences of each group.
+        task_of: the task of a part.
     """
-    output, sequences = context.artifact, context.inputs["sequences"]
-    groups = sample_groups(sequences.read_json("index.json")["sequences"], context.config.factors)
-    sample = sum(map(len, groups))
+    output, sample = context.artifact, sum(map(len, groups))
     parts = [
         Part(tuple(layer.name for layer in layers), group, ids) for layers in passes for group, ids in enumerate(groups)
     ]
@@ -206,7 +230,6 @@ def run_groups(
             break
         behind -= sum(len(part.sequence_ids) for part in waiting)
     progress.close()
-    return _totals(output, parts, len(groups), sample, context.config.scan.nonfinite_share)
 
 
 def _disagreeing(output: Artifact, parts: Sequence[Part]) -> list[Part]:
@@ -233,18 +256,20 @@ def _excluded(output: Artifact, part: Part) -> dict[int, str]:
     return {int(key): why for key, why in done["excluded"].items()}
 
 
-def _totals(output: Artifact, parts: Sequence[Part], groups: int, asked: int, share: float) -> GroupTotals:
-    totals = GroupTotals(groups)
-    for part in parts:
-        done = output.read_json(f"{part.folder}/done.json")
-        if part.layers == parts[0].layers:  # every pass counts the same sequences
-            totals.sequences += done["sequences"]
-            totals.tokens += done["tokens"]
-            totals.excluded |= done["excluded"]
-        totals.seconds += done["seconds"]
-        for key, rows in done["rows"].items():
-            totals.rows[key] = totals.rows.get(key, 0) + rows
-    check_share(totals.excluded, asked, share)
+def totals_of(output: Artifact, passes: Sequence[Sequence[TrackedLayer]], groups: Sequence[int]) -> GroupTotals:
+    """What the committed parts of some groups say, added up over groups and passes."""
+    totals = GroupTotals(len(groups))
+    for number, layers in enumerate(passes):
+        names = tuple(layer.name for layer in layers)
+        for group in groups:
+            done = output.read_json(f"{part_folder(names, group)}/done.json")
+            if number == 0:  # every pass counts the same sequences
+                totals.sequences += done["sequences"]
+                totals.tokens += done["tokens"]
+                totals.excluded |= done["excluded"]
+            totals.seconds += done["seconds"]
+            for key, rows in done["rows"].items():
+                totals.rows[key] = totals.rows.get(key, 0) + rows
     return totals
 
 

@@ -5,6 +5,7 @@ Legend: B sequences, Q queries, I columns and O outputs of a layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -49,10 +50,11 @@ class Brute:
         folder: Of the model.
         rows: The sequences.
         seed: Of sampled labels; None takes the corpus's own.
+        tracked: What the names of the tracked layers hold.
     """
 
-    def __init__(self, folder: Path, rows: list[list[int]], seed: int | None = 0) -> None:
-        layers = layers_of(folder.name)
+    def __init__(self, folder: Path, rows: list[list[int]], seed: int | None = 0, tracked: str = "") -> None:
+        layers = [layer for layer in layers_of(folder.name) if tracked in layer.name]
         self._machine = Oracle(AutoModelForCausalLM.from_pretrained(folder), layers)
         self._names = [layer.name for layer in layers]
         self._rows, self._seed = rows, seed
@@ -74,6 +76,14 @@ class Brute:
                 {name: oracle.ihvp(curvature[name], g[name], damping_factor) for name in self._names} for g in gradients
             ]
         return np.asarray([[sum(oracle.score(g, trace).values()) for g in gradients] for trace in self._training])
+
+    def fitted_on(self, sequence_ids: Sequence[int]) -> Brute:
+        """The same with the curvature fitted on some of the sequences; it scores all of them."""
+        other = copy.copy(self)
+        for name in ("_first_pass", "_second_pass"):
+            traces = getattr(self, name)
+            setattr(other, name, [traces[number] for number in sequence_ids])
+        return other
 
     @cached_property
     def _training(self) -> list[Trace]:

@@ -22,7 +22,8 @@ SMALL = {"corpus__limit": 40, "prefilter__top": 10, "unfiltered__sequences": 20}
 FACTORS = {"layers", "sequences", "covariance", "eigenbasis", "correction"}
 MEASURED = {"fidelity", "agreement"}  # nothing depends on these
 SCORED = {"scores", "top", "attribution", "tails"} | MEASURED
-STEPS = FACTORS | {"gradients", "ihvp", "queries", "candidates"} | SCORED
+ASKED = {"gradients", "convergence"}  # all that depends on the queries and on no factor
+STEPS = FACTORS | ASKED | {"ihvp", "queries", "candidates"} | SCORED
 
 
 def test_the_run_folder_holds_what_was_promised(traced: TraceResult):
@@ -66,7 +67,7 @@ def test_the_summary_says_what_ran_for_how_long_and_where_it_is(traced: TraceRes
         "excluded": 0,
     }
     assert summary["coverage"] == pytest.approx(6 * 16 * 24 / 16_720)
-    assert summary["fidelity"] == summary["agreement"] == summary["excluded"] == {}
+    assert summary["fidelity"] == summary["agreement"] == summary["convergence"] == summary["excluded"] == {}
 
 
 def test_scores_equal_brute_force_in_float32(world: World, traced: TraceResult):
@@ -203,11 +204,11 @@ LOW = {"scan__product_dtype": "bfloat16"}
         ({}, {"scan__top": 3}, {"top", "attribution"}),
         ({}, {"attribution__top": 3}, {"attribution"}),
         ({}, {"tails__bootstraps": 20}, {"tails"}),
-        ({}, {"queries__measurement": "contrast"}, {"gradients", "ihvp", "queries"} | SCORED),
-        ({}, LOW, STEPS - {"layers", "sequences", "gradients", "candidates"}),
+        ({}, {"queries__measurement": "contrast"}, {"ihvp", "queries"} | ASKED | SCORED),
+        ({}, LOW, STEPS - {"layers", "sequences", "candidates"} - ASKED),
         (LOW, LOW | {"scan__agreement_sample": 5}, {"agreement"}),
         ({}, {"scan__agreement_sample": 5}, set()),
-        ({}, {"factors__seed": 1}, STEPS - {"layers", "sequences", "gradients", "candidates"}),
+        ({}, {"factors__seed": 1}, STEPS - {"layers", "sequences", "candidates"} - ASKED),
     ],
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )

@@ -146,6 +146,7 @@ class World:
             "queries.path": str(self.root / "queries.jsonl"),
             "queries.rank": "full",
             "factors.samples": None,
+            "factors.convergence_share": 0,
             "prefilter.top": 30,
             "unfiltered.sequences": 60,
             "scan.shard_sequences": 32,

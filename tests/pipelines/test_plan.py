@@ -154,7 +154,7 @@ def test_it_runs_nothing(world: World, tmp_path: Path, monkeypatch: pytest.Monke
         "an estimate: the first",
         "bytes a token",
         "bm25 at most 90 (3 queries, 30 each), unfiltered 60",
-        "15 of 15",
+        "16 of 16",
         "time: an estimate. products (192 × 16 × 24) timed for 0.5 s on this machine with 1 threads",
         "0 layers by two thin products, 6 by full gradients",
     ):

@@ -19,6 +19,7 @@ from pipelines.command import main
 from pipelines.report import write_report
 from pipelines.report.packing import MAP_LEVELS, map_rows, quantised, restored
 from pipelines.report.reading import Layers, ReportError
+from pipelines.stages.convergence import beyond
 from tests.pages import Markup, element, maps, record, sequences
 from tests.runs import Size, query, query_ids, row, summary_of, write_json, write_plain_run, write_run
 
@@ -42,6 +43,34 @@ def test_every_query_has_its_own_rows_up_to_the_number_asked_for(tmp_path: Path)
     first = record(page)["queries"][0]
     assert (first["id"], first["top"], first["highest"], first["measured"]) == ("one", 3, 10.0, -1.5)
     assert first["fidelity"] == "0.99000"
+
+
+@pytest.mark.parametrize(("samples", "low"), [(1000, True), (4000, False)])
+def test_fits_that_agree_little_are_a_fact_with_the_remedy(tmp_path: Path, samples: int, low: bool):
+    sizes = [
+        {"sequences": size, "pearson": {"one": mean, "two": None}, "mean": mean, "minimum": mean}
+        for size, mean in ((31, 0.2), (62, 1 / 3), (125, 0.5))
+    ]
+    found = {"samples": samples, "sizes": sizes, "extrapolated": beyond(sizes, samples)}
+    page = page_of(tmp_path, summary_of(convergence=found), [])
+    first, *curve = facts(page)["convergence"].splitlines()
+    assert first.startswith("scores by two fits on 125 sequences each: correlation 0.50000 on average")
+    assert f"on {samples:,} each, as here, it would be 0." in first
+    assert (". Low: another sample of 1,000 sequences may give" in first) == low
+    assert ("raise factors.samples; about 2,416 would reach 0.95" in first) == low
+    assert curve[0] == "31 sequences a fit: 0.20000 on average, 0.20000 at worst"
+    assert len(curve) == 3
+    told = [query["convergence"] for query in record(page)["queries"]]
+    assert float(told[0] or 0) > 0.5
+    assert told[1] == "undefined"
+
+
+def test_a_run_without_a_comparison_of_fits_says_nothing_or_why(tmp_path: Path):
+    assert "convergence" not in facts(page_of(tmp_path, summary_of(), []))  # a run of an earlier version
+    assert "convergence" not in facts(page_of(tmp_path, summary_of(convergence={}), []))
+    page = page_of(tmp_path, summary_of(convergence={"samples": 9, "reason": "9 sequences: few"}), [])
+    assert facts(page)["convergence"] == "not measured: 9 sequences: few"
+    assert [query["convergence"] for query in record(page)["queries"]] == [None, None]
 
 
 def test_a_whole_run_comes_back_from_the_page(tmp_path: Path):

@@ -51,7 +51,8 @@ class Finished:
         self._store = store
 
     def run(self) -> dict[str, StageOutcome]:
-        names = ("layers", "sequences", "candidates", "fidelity", "scores", "agreement", "top", "attribution", "tails")
+        names = ("layers", "sequences", "candidates", "convergence", "fidelity", "scores", "agreement", "top")
+        names += ("attribution", "tails")
         return {name: self._outcome(name) for name in names}
 
     def _outcome(self, name: str) -> StageOutcome:
@@ -69,6 +70,9 @@ class Finished:
     def sequences(self, artifact: Artifact) -> None:
         index = {"sequences": 4, "tokens": 100, "documents": 3, "skipped": {"malformed JSON": 1}, "shards": []}
         artifact.write_json("index.json", index)
+
+    def convergence(self, artifact: Artifact) -> None:
+        artifact.write_json("convergence.json", {"samples": 4, "reason": "few"})
 
     def fidelity(self, artifact: Artifact) -> None:
         artifact.write_json("fidelity.json", {})
@@ -158,6 +162,7 @@ def test_the_summary_is_what_the_result_holds(config: RunConfig, tmp_path: Path)
     assert stage["tokens_per_replica_second"] == 25.0
     assert "tokens_per_second" not in result.summary["stages"]["top"]  # no time, no rate
     assert result.summary["corpus"]["skipped"] == {"malformed JSON": 1}
+    assert result.summary["convergence"] == {"samples": 4, "reason": "few"}
     assert result.summary["candidates"] == {"per_feed": {"bm25": 4, "unfiltered": 0}}  # not a line a file
     assert result.summary["artifacts"]["top"] == result.artifact("top").uri
     reason = {"reason": "few"}
