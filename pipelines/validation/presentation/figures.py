@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from pipelines.plots.validation import Estimate, Plane, Series, below, dependence, method_bars, planes, wall_clock
-from pipelines.validation.presentation.tables import Document
+from pipelines.validation.presentation.tables import Document, signed
 from pipelines.validation.presentation.wording import BLOCKS, METHODS, colour, method, title
 
 Drawn = tuple[str, str, Figure]
@@ -287,7 +287,7 @@ def _response(studies: Mapping[str, Any], pairs: Path) -> Iterator[Drawn]:
             own = {at: float(np.std(predicted[measurement == at])) or 1.0 for at in scales}
             x, y = predicted / np.array([own[at] for at in measurement]), measured / unit
         some = np.random.default_rng(0).permutation(len(x))[:DRAWN]
-        note = f"r = {found['pearson']['mean']:.3f}" + ("" if slope is None else f", slope {slope:.2f}")
+        note = signed(f"r = {found['pearson']['mean']:.3f}" + ("" if slope is None else f", slope {slope:.2f}"))
         given.append(Plane(method(name), x[some].tolist(), y[some].tolist(), slope, note))
     figure = planes(given, "score, in standard deviations of the response", "measured response")
     caption = (
@@ -309,7 +309,8 @@ def _scale(found: Mapping[str, Any]) -> Iterator[Drawn]:
             if not lines:
                 continue
             slope, correlation = lines[-1]["slope"]["mean"], lines[-1]["correlation"]["mean"]
-            note = f"slope {slope:.2f}, r = {correlation:.3f}" if slope is not None and correlation is not None else ""
+            known = slope is not None and correlation is not None
+            note = signed(f"slope {slope:.2f}, r = {correlation:.3f}") if known else ""
             measured = np.asarray(pairs[key], float).ravel()
             given.append(Plane(f"{method(name)}: {called}", predicted.tolist(), measured.tolist(), slope, note))
     if given:

@@ -137,7 +137,8 @@ def cost(document: Document) -> Section | None:
         Column("notes", "notes"),
     ]
     columns = [column for column in columns if any(row.get(column.key) not in (None, "") for row in rows)]
-    threads = f", each method alone with {found['threads']} threads" if found.get("threads") else ""
+    count = found.get("threads")
+    threads = f", each method alone with {count} thread{'s' * (count > 1)}" if count else ""
     about = [
         f"Wall-clock of each method for all {found['measurements']} measurements together, fitting included{threads}. "
         "Products: of the exact Gauss-Newton matrix with all measurements’ vectors. Residual: ‖v − (G + λ)x‖ / ‖v‖, "

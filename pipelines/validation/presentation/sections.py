@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.validation.presentation.measured import agreement, cost, differences, iterations, response
 from pipelines.validation.presentation.retrained import dampings, datamodels, removal, tracing
 from pipelines.validation.presentation.settings import blocks, ranks, scale, sizes
-from pipelines.validation.presentation.tables import Document, Section
+from pipelines.validation.presentation.tables import Document, Section, signed
 from pipelines.validation.presentation.wording import BLOCKS, method
 
 Builder = Callable[[Document], Section | None]
@@ -56,7 +56,7 @@ def _best(methods: Mapping[str, Any], key: str) -> str:
     """The methods that are no variants of others, with their means."""
     plain = {name: record[key]["mean"] for name, record in methods.items() if not BLOCKS.match(name)}
     known = sorted(((value, name) for name, value in plain.items() if value is not None), reverse=True)
-    return ", ".join(f"{method(name)} {value:.3f}" for value, name in known)
+    return ", ".join(f"{method(name)} {signed(f'{value:.3f}')}" for value, name in known)
 
 
 def warnings(document: Document) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,8 +96,8 @@ def _mean(value: Mapping[str, Any], digits: int) -> str:
 
 
 def signed(text: str) -> str:
-    """A number with a proper minus sign."""
-    return text.replace("-", "−") if "e" not in text else text
+    """Text whose numbers have proper minus signs; those of exponents stay."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
 
 
 def seconds(value: float) -> str:
