@@ -158,12 +158,12 @@ def test_blocks_need_no_response() -> None:
 def test_costs_of_language_models_count_the_fit_once_for_each_method() -> None:
     steps = {"sequences": 9.0, "covariance": 1.0, "eigenbasis": 2.0, "correction": 3.0, "gradients": 0.5, "ihvp": 0.25}
     steps |= {"scores": 4.0}
-    scores = {"queries": [1, 2], "seconds": {"ekfac": steps, "identity": {"gradients": 0.5, "scores": 4.0}}}
+    seconds = {"ekfac": steps, "identity": {"gradients": 0.5, "scores": 4.0}}
     solves = {
         "lissa": {"seconds": 20.0, "products": 60, "scale": 3.0, "change": 0.01},
         "exact": {"seconds": 30.0, "iterations": 2, "residuals": [[0.5, 0.4], [1e-3, 1e-4]]},
     }
-    found = language.cost(scores, solves)["methods"]
+    found = language.cost(2, seconds, solves)["methods"]
     assert found["ekfac"]["seconds"] == {"fit": 6.0, "solve": 0.75, "score": 4.0, "total": 10.75}
     assert found["lissa"]["seconds"]["total"] == 24.0
     assert found["lissa"]["products"] == 60

@@ -49,7 +49,11 @@ def studies(config: RunConfig, artifacts: Mapping[str, Artifact]) -> dict[str, A
         return _network(artifacts)
     if config.validation.subject is Subject.facts:
         found = artifacts["fact_tracing"].read_json("fact_tracing.json")
-        return {"model": language.facts_model(found), "tracing": language.tracing(found, "sentences")}
+        return {
+            "model": language.facts_model(found),
+            "cost": language.cost(found["queries"], found["seconds"]),
+            "tracing": language.tracing(found, "sentences"),
+        }
     return _language(artifacts)
 
 
@@ -81,7 +85,7 @@ def _language(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     scores = artifacts["language_scores"].read_json("scores.json")
     found: dict[str, Any] = {
         "model": language.model(scores),
-        "cost": language.cost(scores, record("language_solves", "solves.json")),
+        "cost": language.cost(len(scores["queries"]), scores["seconds"], record("language_solves", "solves.json")),
     }
     if responses := record("language_responses", "responses.json"):
         found["agreement"] = language.agreement(responses)

@@ -59,9 +59,17 @@ def iterations(
     return [rows[count] for count in sorted(rows)] or None
 
 
-def cost(scores: Mapping[str, Any], solves: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Wall time of each method for all queries together; LiSSA and exact solves share the scan of another method."""
-    methods = {name: _seconds(steps) for name, steps in scores["seconds"].items() if name != "bm25"}
+def cost(
+    queries: int, seconds: Mapping[str, Mapping[str, float]], solves: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Wall time of each method for all queries together; LiSSA and exact solves share the scan of another method.
+
+    Args:
+        queries: how many.
+        seconds: of each step of a trace, by method.
+        solves: what the step `language_solves` says of LiSSA and of exact solves.
+    """
+    methods = {name: _seconds(steps) for name, steps in seconds.items() if name != "bm25"}
     scan = methods.get("ekfac", {}).get("seconds", {}).get("score")
     for name in ("lissa", "exact"):
         record = (solves or {}).get(name)
@@ -71,7 +79,7 @@ def cost(scores: Mapping[str, Any], solves: Mapping[str, Any] | None) -> dict[st
         notes = {key: record[key] for key in ("scale", "attempts", "depth", "iterations") if key in record}
         last = (record.get("residuals") or [None])[-1]
         methods[name] = _method(parts, notes, max(last) if last else None, record.get("products"))
-    return {"measurements": len(scores["queries"]), "threads": None, "methods": methods}
+    return {"measurements": queries, "threads": None, "methods": methods}
 
 
 def _seconds(steps: Mapping[str, float]) -> dict[str, Any]:
@@ -171,7 +179,8 @@ def facts_model(found: Mapping[str, Any]) -> dict[str, Any]:
     training = found["training"]
     facts = [
         ["sentences", f"{found['documents']:,}, which state {found['facts']:,} facts"],
-        ["queries", f"{found['queries']:,} of the {found['completed']:,} facts that the model completes"],
+        ["asked", f"{found['answerable']:,} of them; {found['completed']:,} are completed, {found['known']:,} known"],
+        ["queries", f"{found['queries']:,} of the facts that the model knows: more likely than after other subjects"],
         ["parameters", f"{training['parameters']:,}, vocabulary {training['vocabulary']:,}"],
         ["trained", f"{training['epochs']} epochs, loss {training['loss']:.3g} nats a token"],
     ]
