@@ -45,9 +45,9 @@ class Ladder:
 LADDERS: Mapping[Subject, Ladder] = {
     Subject.concrete: Ladder((0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3, 1e-2)),
     Subject.energy: Ladder((0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3, 1e-2)),
-    Subject.mnist: Ladder((0.03, 0.1, 0.3), (0.0, 1e-4, 1e-3, 1e-2)),
-    Subject.fashion_mnist: Ladder((0.03, 0.1, 0.3), (0.0, 1e-4, 1e-3, 1e-2)),
-    Subject.cifar10: Ladder((0.1, 0.3), (0.0, 1e-3)),
+    Subject.mnist: Ladder((0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3, 1e-2)),
+    Subject.fashion_mnist: Ladder((0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3, 1e-2)),
+    Subject.cifar10: Ladder((0.03, 0.1, 0.3), (0.0, 1e-3)),
 }
 
 
