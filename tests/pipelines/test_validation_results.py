@@ -26,8 +26,7 @@ MEASURED = {
     "points": 3,
     "measurements": 2,
     "numbers": [1, 4, 6],
-    "steps": 5,
-    "batch": 64,
+    "optimiser": "Newton’s steps",
     "epsilon": 1e-3,
     "linearity": {
         "epsilons": [

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 STRAIGHT = 0.1  # relative difference of responses at ε and at a smaller weight, above which they are not called linear
-HALFWAY = 0.95  # correlation of responses after half of the steps with those at the end, below which it is pointed out
+HALFWAY = 0.95  # correlation of responses earlier in the descent with those at the end, below which it is pointed out
 WORDS = {"given": "as given", "linearity": "the largest of those tried at which responses are linear"}
 
 
@@ -24,8 +24,7 @@ def response(found: Mapping[str, Any]) -> dict[str, Any]:
         "converged": convergence["converged"],
         "halfway": convergence["halfway"],
     }
-    earlier = "before the last step" if "optimiser" in found else "after half of the steps"
-    return study | {"facts": _facts(found, study, earlier), "warnings": _warnings(study, earlier)}
+    return study | {"facts": _facts(found, study), "warnings": _warnings(study)}
 
 
 def used(study: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -34,11 +33,13 @@ def used(study: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return rows[0] if rows else None
 
 
-def _facts(found: Mapping[str, Any], study: Mapping[str, Any], earlier: str) -> list[list[str]]:
+def _facts(found: Mapping[str, Any], study: Mapping[str, Any]) -> list[list[str]]:
     row, gradients = used(study), study["gradients"]
     chosen = WORDS.get(study["chosen_by"], study["chosen_by"])
+    if row is not None and study["chosen_by"] == "linearity" and row["difference"] > study["straight"]:
+        chosen = "at which they are nearest to linear, of those tried"
     facts = [
-        ["minimised by", found.get("optimiser", f"Adam, {found['steps']:,} steps of batches of {found['batch']:,}")],
+        ["minimised by", found["optimiser"]],
         ["ε", f"{study['epsilon']:.3g}, {chosen}"],
     ]
     if row is not None:
@@ -49,11 +50,11 @@ def _facts(found: Mapping[str, Any], study: Mapping[str, Any], earlier: str) -> 
         *facts,
         ["gradient at the end", f"{_median(gradients):.2g} of the added point’s, at most {max(gradients):.2g}"],
         ["objectives minimised", f"{study['converged']:,} of {len(gradients):,} (at most {study['tolerance']:g})"],
-        [earlier, f"responses correlate with those at the end by {_rounded(study['halfway'])}"],
+        ["earlier in the descent", f"responses correlate with those at the end by {_rounded(study['halfway'])}"],
     ]
 
 
-def _warnings(study: Mapping[str, Any], earlier: str) -> list[str]:
+def _warnings(study: Mapping[str, Any]) -> list[str]:
     warnings = []
     failed = len(study["gradients"]) - study["converged"]
     if failed:
@@ -72,7 +73,9 @@ def _warnings(study: Mapping[str, Any], earlier: str) -> list[str]:
             "not linear, so correlations with them are lower than they should be."
         )
     if study["halfway"] is not None and study["halfway"] < HALFWAY:
-        warnings.append(f"Responses {earlier} correlate with those at the end by {study['halfway']:.2f} only.")
+        warnings.append(
+            f"Responses earlier in the descent correlate with those at the end by {study['halfway']:.2f} only."
+        )
     return warnings
 
 
