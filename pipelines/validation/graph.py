@@ -58,10 +58,10 @@ def _network_steps(config: RunConfig) -> list[Step]:
         _step("dataset", (), data, dataset.run),
         _step("training", ("dataset",), {"subject": subject, "seed": seed, "epochs": validation.epochs}, training.run),
         _step("curvature", TRAINED, _curvature(config), curvature.run),
-        _step("estimates", FITTED, _points(config) | _solvers(config) | _variants(config), estimates.run),
+        _step("estimates", FITTED, _compared(config) | _solvers(config) | _variants(config), estimates.run),
     ]
     if validation.pbo_steps:
-        steps.append(_step("responses", FITTED, _points(config) | _response(config), responses.run))
+        steps.append(_step("responses", FITTED, _compared(config) | _response(config), responses.run))
     if validation.subsets:
         steps.append(_step("datamodels", FITTED, _retrained(config) | {"subsets": validation.subsets}, datamodels.run))
     if validation.removal:
@@ -93,15 +93,15 @@ def _curvature(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _points(config: RunConfig) -> dict[str, Any]:
-    """Which examples are compared."""
+def _measured(config: RunConfig) -> dict[str, Any]:
+    """Which test examples are the measurements."""
     validation = config.validation
-    return {
-        "subject": validation.subject.name,
-        "seed": validation.seed,
-        "points": validation.points,
-        "measurements": validation.measurements,
-    }
+    return {"subject": validation.subject.name, "seed": validation.seed, "measurements": validation.measurements}
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """Which examples are compared."""
+    return _measured(config) | {"points": config.validation.points}
 
 
 def _solvers(config: RunConfig) -> dict[str, Any]:
@@ -132,4 +132,4 @@ def _retrained(config: RunConfig) -> dict[str, Any]:
     """Of models that are trained again on parts of the data."""
     validation = config.validation
     training = {"epochs": validation.epochs, "retrainings": validation.retrainings}
-    return _points(config) | _solvers(config) | training
+    return _measured(config) | _solvers(config) | training
