@@ -5,9 +5,9 @@ S subsets, R trainings on each, T test examples, N training examples, M methods.
 Training again is not what damped influence answers for: θ stays near θˢ in the one, and starts afresh in the other.
 What K steps of SGD with rate η from some first weights have learnt of a direction of curvature g is 1 − (1 − ηg)ᴷ of
 what there is, about g / (g + 1/ηK): early stopping is a damping of 1/ηK (Ali et al. 2019), the same in every layer, and
-the L2 adds to it. The damping of the other studies, made for a response near θˢ, may be a thousand times smaller; exact
-solutions then count directions that no training gets to. So EK-FAC and the exact solution are also scored with that
-damping, and with multiples of the usual one.
+the L2 adds to it. The damping of the other studies, made for a response near θˢ, may be hundreds of times smaller;
+exact solutions then count directions that no training gets to. So EK-FAC, its refinement and the exact solution are
+also scored with that damping, and the first and the last with multiples of the usual one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ DOCUMENT = "datamodels.json"
 TENSORS = "datamodels.safetensors"
 LARGEST_TEST = 256  # test examples above which only the measurements are predicted
 REFERENCE = "ekfac"  # that the other methods are compared with
-DAMPED = ("ekfac", "exact")  # methods that are scored with other dampings
+DAMPED = ("ekfac", "exact")  # methods that are scored with multiples of the usual damping
+STOPPED = ("ekfac", "ekfac_cg", "exact")  # methods that are scored with the damping of early stopping
 MULTIPLES = (1.0, 10.0, 100.0, 1000.0)  # of the usual damping
 
 
@@ -50,7 +51,7 @@ def run(context: StageContext) -> StageResult:
     measurements alone), `seconds` (of its scores)}; `differences`: METHOD: {`mean`, `interval`, `interval_subsets`} of
     its score minus that of EK-FAC; `ceiling`: as `datamodeling.Ceiling.as_json`, or None with a single training;
     `dampings`: [{`multiple` of the usual damping, or None, `damping`: that of early stopping in every layer, or None,
-    `methods`: METHOD: {`lds`, `interval`, `interval_subsets`}}] for EK-FAC and the exact solution;
+    `methods`: METHOD: {`lds`, `interval`, `interval_subsets`}, `differences`: as above, with the same damping}];
     `seconds`: {`retraining`, `scores`} of all tasks together. Without subsets only `subsets`: 0.
     """
     validation, output = context.config.validation, context.artifact
@@ -108,22 +109,22 @@ def early_stopping(training: Mapping[str, Any], size: int) -> float:
 def _damped(stopping: float) -> list[Scoring]:
     """Scores beside those of every method with the usual damping."""
     multiples = [Scoring(method, multiple) for multiple in MULTIPLES if multiple != 1 for method in DAMPED]
-    return [*multiples, *(Scoring(method, None, stopping) for method in DAMPED)]
+    return [*multiples, *(Scoring(method, None, stopping) for method in STOPPED)]
 
 
 def _by_damping(models: Mapping[str, Datamodel], stopping: float) -> list[dict[str, Any]]:
-    dampings: list[tuple[float | None, float | None]] = [
-        *((multiple, None) for multiple in MULTIPLES),
-        (None, stopping),
-    ]
-    return [
-        {
-            "multiple": multiple,
-            "damping": damping,
-            "methods": {method: models[Scoring(method, multiple, damping).name].as_json() for method in DAMPED},
-        }
-        for multiple, damping in dampings
-    ]
+    dampings = [*((multiple, None, DAMPED) for multiple in MULTIPLES), (None, stopping, STOPPED)]
+    rows = []
+    for multiple, damping, methods in dampings:
+        found = {method: models[Scoring(method, multiple, damping).name] for method in methods}
+        record = {method: each.as_json() for method, each in found.items()}
+        rows.append({"multiple": multiple, "damping": damping, "methods": record, "differences": _differences(found)})
+    return rows
+
+
+def _differences(found: Mapping[str, Datamodel]) -> dict[str, Any]:
+    reference = found[REFERENCE]
+    return {method: each.beyond(reference) for method, each in found.items() if method != REFERENCE}
 
 
 def summary(
@@ -143,17 +144,12 @@ def summary(
         seed: of resamples.
     """
     limit = ceiling(measured_SRT, seed)
-    reference = found.get(REFERENCE)
     return {
         "methods": {
             method: each.as_json() | {"lds_measurements": _mean(each.lds_T[measurement_T]), "seconds": seconds[method]}
             for method, each in found.items()
         },
-        "differences": {
-            method: each.beyond(reference)
-            for method, each in found.items()
-            if reference is not None and method != REFERENCE
-        },
+        "differences": _differences(found),
         "ceiling": None if limit is None else limit.as_json(),
     }
 

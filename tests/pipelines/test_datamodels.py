@@ -119,6 +119,10 @@ def test_document(whole: Artifact) -> None:
     dampings = document["dampings"]
     assert [record["multiple"] for record in dampings] == [1, 10, 100, 1000, None]
     assert dampings[0]["methods"]["exact"]["lds"] == document["methods"]["exact"]["lds"]
+    assert [set(record["differences"]) for record in dampings] == [{"exact"}] * 4 + [{"exact", "ekfac_cg"}]
+    stopped = dampings[-1]
+    gain = stopped["methods"]["exact"]["lds"] - stopped["methods"]["ekfac"]["lds"]
+    assert stopped["differences"]["exact"]["mean"] == pytest.approx(gain)
     assert len({record["methods"]["ekfac"]["lds"] for record in dampings}) > 1
     assert set(document["seconds"]) == {"retraining", "scores"}
 
@@ -136,7 +140,7 @@ def test_where_there_are_many_test_examples_only_measurements_count(
 
 def test_goes_on_where_it_was_cut_short(tmp_path: Path, whole: Artifact, inputs: Mapping[str, Artifact]) -> None:
     """Three tasks of trainings (4, 4 and 2), then one a method, and more with other dampings."""
-    total = 3 + len(METHODS) + len(datamodels.DAMPED) * len(datamodels.MULTIPLES)
+    total = 3 + len(METHODS) + len(datamodels._damped(1.0))
     for fatal in (2, 3):
         with pytest.raises(Killed):
             found_by(tmp_path, inputs, InProcess(fatal))
