@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -285,6 +286,33 @@ def test_layers_and_neighbouring_text_on_demand(report: Path, open_report: Open)
     assert page.locator("canvas").count() == 0
     page.click(".card >> nth=0 >> [data-does=around]")
     assert texts(page, ".around") == ["What stands before it.", "What stands after it."]
+
+
+def test_a_tap_on_a_map_reads_its_cell(report: Path, browser: Browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True)
+    page.goto(f"{report.as_uri()}#{urlencode({'q': query_ids(Size())[0]})}")
+    page.wait_for_selector("html[data-ready]")
+    page.tap(".card >> nth=0 >> [data-does=layers]")
+    until(page, "document.querySelector('canvas')?.width > 200")
+    assert page.inner_text(".reading") == "Point at a cell."
+    page.locator("canvas").tap(position={"x": 40, "y": 5})
+    assert "block 2 · down_proj" in page.inner_text(".reading")
+    assert page.locator(".card >> nth=0 >> .spot").count() == 1
+    assert page.is_hidden(".of-sums")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
+
+
+def test_a_short_axis_has_ticks_between_powers_of_ten(report: Path, open_report: Open, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(report.parent, folder)
+    name = query_ids(Size())[0]
+    points = [{"query_id": name, "feed": "unfiltered", "influence": x, "survival": 30 / x} for x in range(31, 290)]
+    pq.write_table(pa.Table.from_pylist(points), folder / "tails.parquet")
+    page = open_report(write_report(folder, ReportConfig())).go(q=name)
+    shown = texts(page, ".plot >> nth=0 >> text")
+    assert {"50", "100", "200"} <= set(shown)
+    assert "1,000" not in shown
 
 
 def test_the_keyboard(report: Path, open_report: Open):

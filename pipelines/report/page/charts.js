@@ -11,6 +11,15 @@ const steps = (low, high, most) => {
   return Array.from({ length: Math.floor((high - low) / stride) + 1 }, (_, index) => low + index * stride);
 };
 
+/** Ticks of a logarithmic axis, given its ends as powers: those of ten, and where there are few 2 and 5 times them. */
+function ticks(left, right) {
+  const powers = steps(Math.floor(left), Math.ceil(right), Infinity).map((power) => 10 ** power);
+  const inside = (value) => logOf(value) >= left && logOf(value) <= right;
+  const found = powers.filter(inside);
+  if (found.length > 5) return found.filter((_, index) => index % Math.ceil(found.length / 5) === 0);
+  return found.length > 2 ? found : powers.flatMap((power) => [power, 2 * power, 5 * power]).filter(inside);
+}
+
 /** A line through points of the plane, as a path. */
 const path = (points) => points.map(([x, y], index) => `${index ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 
@@ -86,11 +95,11 @@ function survivalPlot(query, width, height = HEIGHT) {
     "aria-label": "Survival function of influences",
   });
   for (const power of steps(low, 0, 6)) drawing.append(...yTick(width, y(10 ** power), `10${superscript(power)}`));
-  const [from, to] = [Math.ceil(left), Math.floor(right)];
-  for (const power of from <= to ? steps(from, to, 5) : [])
-    drawing.append(
-      ...xTick(x(10 ** power), bottom, Math.abs(power) < 4 ? number(10 ** power) : `10${superscript(power)}`),
-    );
+  for (const value of ticks(left, right)) {
+    const power = logOf(value);
+    const plain = Math.abs(power) < 4 || !Number.isInteger(power);
+    drawing.append(...xTick(x(value), bottom, plain ? number(value) : `10${superscript(power)}`));
+  }
   for (const [feed, points] of curves) {
     drawing.append(svg("path", { class: `curve ${feed}`, d: path(points.map(([a, b]) => [x(a), y(b)])) }));
     const law = powerLaw(query.tails.feeds?.[feed], points);

@@ -28,12 +28,14 @@ function layerMap(sequence, point) {
   const note = el("p", { class: "note" });
   mapOf(sequence).then((cells) => {
     const full = fullColour(cells);
-    note.textContent =
-      "Rows are layers, the first at the bottom; columns are tokens. Right: the sum of each row. " +
-      `Full colour from \u00b1${number(full)} on; the strongest cell is \u00b1${number(sequence.map_peak)}.`;
+    note.append(
+      "Rows are layers, the first at the bottom; columns are tokens. ",
+      el("span", { class: "of-sums" }, "Right: the sum of each row. "),
+      `Full colour from \u00b1${number(full)} on; the strongest cell is \u00b1${number(sequence.map_peak)}.`,
+    );
     canvas.redraw = () => drawMap(canvas, cells, size, full, scroller.clientWidth);
     canvas.redraw();
-    canvas.addEventListener("pointermove", (event) => {
+    const read = (event) => {
       const [token, row] = cellAt(event, canvas.getBoundingClientRect(), size);
       const index = unitsOf(sequence).findIndex(({ from, to }) => from <= token && token <= to);
       reading.replaceChildren(
@@ -43,8 +45,9 @@ function layerMap(sequence, point) {
         el("b", {}, number(cells[token * size.rows + row], true)),
       );
       point(index);
-    });
-    canvas.addEventListener("pointerleave", () => point(null));
+    };
+    for (const kind of ["pointermove", "pointerdown"]) canvas.addEventListener(kind, read); // a tap only goes down
+    canvas.addEventListener("pointerleave", ({ pointerType }) => pointerType === "mouse" && point(null));
   });
   return el(
     "figure",
