@@ -41,7 +41,7 @@ class Descent:
     Attributes:
         steps: Gauss-Newton steps at most.
         iterations: of conjugate gradients, at most in each step.
-        tolerance: relative gradient that is aimed at; two steps are taken at least.
+        tolerance: relative gradient that is aimed at; two steps are tried at least.
     """
 
     steps: int = 6
@@ -55,14 +55,14 @@ class Optimum:
 
     Attributes:
         weights: u, float64.
-        before: u before the last step.
+        early: u after the first step; what is no longer moved is at its optimum.
         errors_S: relative gradient of the objective at u (`influence.proximal`), float64; 1 where nothing lowered it.
         steps_S: Gauss-Newton steps that were kept.
         products_S: Gauss-Newton products.
     """
 
     weights: Vectors
-    before: Vectors
+    early: Vectors
     errors_S: Tensor
     steps_S: Tensor
     products_S: Tensor
@@ -80,7 +80,7 @@ def minimise(
     inverse: Precondition,
     descent: Descent | None = None,
 ) -> Optimum:
-    """The minimum of the objective of each point. A step that does not lower its relative gradient ends a point.
+    """The minimum of the objective of each point. A step that does not lower the norm of its gradient ends a point.
 
     Args:
         proximal: what the objectives share.
@@ -104,19 +104,20 @@ class _Minimisation(Generic[M]):
         self._dtype = next(proximal.network.model.parameters()).dtype
         self.first = proximal.gradients(points, None, epsilon)  # g
         self.gradient = {name: value.clone() for name, value in self.first.items()}
-        self.weights, self.before = proximal.zero(len(points)), proximal.zero(len(points))
-        self.length = self._norms(self.first)  # of the response, in the norm of G + λ; at first an estimate
-        self.errors = torch.ones_like(self.length)
+        self.weights, self.early = proximal.zero(len(points)), proximal.zero(len(points))
+        self.norm = self._norms(self.first)  # of the gradient
+        self.length = self.norm.clone()  # of the response, in the norm of G + λ; at first what M makes of it
         self.steps, self.products = (torch.zeros(len(points), dtype=torch.int64) for _ in range(2))
-        self.open = torch.nonzero(self.length > 0).flatten()
-        self.errors[self.length == 0] = 0.0
+        self.open = torch.nonzero(self.norm > 0).flatten()
 
     def run(self) -> Optimum:
         for step in range(self._descent.steps):
             if not len(self.open):
                 break
             self._step(step)
-        return Optimum(self.weights, self.before, self.errors, self.steps, self.products)
+            if step == 0:
+                self.early = {name: value.clone() for name, value in self.weights.items()}
+        return Optimum(self.weights, self.early, self._errors(), self.steps, self.products)
 
     def _step(self, step: int) -> None:
         """One Gauss-Newton step of the points that are open."""
@@ -129,17 +130,19 @@ class _Minimisation(Generic[M]):
         points = [self._points[index] for index in chosen.tolist()]
         gradient = self._proximal.gradients(points, weights, self._epsilon)
         first = {name: value[chosen] for name, value in self.first.items()}
-        length = (-inner(first, weights)).clamp_min(0).sqrt()
-        errors = self._norms(gradient) / length
-        better = errors < self.errors[chosen]
+        norm, length = self._norms(gradient), (-inner(first, weights)).clamp_min(0).sqrt()
+        better = (norm < self.norm[chosen]) & (length > 0)
         kept = chosen[better]
         for name in self.weights:
-            self.before[name][kept] = self.weights[name][kept]
             self.weights[name][kept] = weights[name][better]
             self.gradient[name][kept] = gradient[name][better]
-        self.errors[kept], self.length[kept] = errors[better], length[better]
+        self.norm[kept], self.length[kept] = norm[better], length[better]
         self.steps[kept] += 1
-        self.open = kept[(self.errors[kept] > self._descent.tolerance) | (self.steps[kept] < 2)]
+        self.open = kept[(self._errors()[kept] > self._descent.tolerance) | (self.steps[kept] < 2)]
+
+    def _errors(self) -> Tensor:
+        """Relative gradients; 0 where there never was one."""
+        return torch.where(self.norm > 0, self.norm / self.length.clamp_min(1e-300), 0.0)
 
     def _norms(self, gradient: Vectors) -> Tensor:
         """√(∇ᵀ M⁻¹ ∇)."""
@@ -147,15 +150,16 @@ class _Minimisation(Generic[M]):
         return inner(given, self._inverse(given)).clamp_min(0).sqrt()
 
     def _solve(self, right: Vectors, target: Tensor) -> tuple[Vectors, Tensor]:
-        """(G + λ)⁻¹ V by conjugate gradients, until √(rᵀ M⁻¹ r) is at its target, and products of each vector."""
+        """(G + λ)⁻¹ V, by one iteration at least and until √(rᵀ M⁻¹ r) is at its target; products of each vector."""
         right = {name: value.to(self._dtype) for name, value in right.items()}
         x = {name: torch.zeros_like(value) for name, value in right.items()}
         r, z = right, self._inverse(right)
         p = {name: value.clone() for name, value in z.items()}
         recursion = Recursion.begun(inner(r, z), inner(r, z))
         products = torch.zeros(len(target), dtype=torch.int64)
-        for _ in range(self._descent.iterations):
-            open_ = torch.nonzero((recursion.rz_K.clamp_min(0).sqrt() > target) & ~recursion.halted_K).flatten()
+        for iteration in range(self._descent.iterations):
+            far = recursion.rz_K.clamp_min(0).sqrt() > target
+            open_ = torch.nonzero((far | (iteration == 0)) & ~recursion.halted_K).flatten()
             if not len(open_):
                 break
             products[open_] += 1
