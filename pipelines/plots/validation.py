@@ -287,7 +287,7 @@ def below(values: Mapping[str, Sequence[float]], *, label: str, limit: float, li
     """Which share of points is at or below each value, on a logarithmic axis, with the limit they should keep.
 
     Args:
-        values: By name of the line; positive.
+        values: By name of the line; positive. Those that are infinite count, and are beyond the end.
         label: Of the values.
         limit: What the values should stay below.
         limit_name: What it is called.
@@ -296,10 +296,10 @@ def below(values: Mapping[str, Sequence[float]], *, label: str, limit: float, li
     place = figure.add_subplot()
     place.set_xscale("log")
     handles: dict[str, object] = {}
-    everything = [value for line in values.values() for value in line if value > 0]
+    everything = [value for line in values.values() for value in line if 0 < value < np.inf]
     for index, (name, line) in enumerate(values.items()):
-        ordered = np.sort([max(value, min(everything, default=1e-12)) for value in line])
-        share = 100 * np.arange(1, len(ordered) + 1) / max(len(ordered), 1)
+        ordered = np.sort([max(value, min(everything, default=1e-12)) for value in line if value < np.inf])
+        share = 100 * np.arange(1, len(ordered) + 1) / max(len(line), 1)
         handles[name] = place.step(ordered, share, where="post", color=CATEGORIES[index % len(CATEGORIES)])[0]
     handles[limit_name] = place.axvline(limit, color=INK, lw=1.0, ls=(0, (4, 3)))
     powers(place.xaxis, min([*everything, limit]), max([*everything, limit]))

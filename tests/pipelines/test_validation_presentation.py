@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines.command import main
@@ -210,6 +211,12 @@ def test_lines_are_the_means() -> None:
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
     assert ([1, 4], [0.9, 0.7]) in lines
     assert ([4, 4], [0.6, 0.8]) in lines
+
+
+def test_points_without_a_finite_gradient_are_missed_in_the_curve() -> None:
+    figure = below({"a": [0.01, 0.02, np.inf, np.inf]}, label="x", limit=0.05, limit_name="limit")
+    curve = max(figure.axes[0].lines, key=lambda line: len(line.get_xdata()))
+    assert max(curve.get_ydata()) == 50
 
 
 @pytest.mark.parametrize(

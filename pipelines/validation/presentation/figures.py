@@ -235,9 +235,10 @@ def _alone(document: Document, pairs: Path | None) -> Iterator[Drawn]:
     if studies.get("scale"):
         yield from _scale(studies["scale"])
     response = studies.get("response") or {}
-    if response.get("gradients"):
+    gradients = [np.inf if value is None else value for value in response.get("gradients") or ()]
+    if gradients:
         figure = below(
-            {"gradient at the end": response["gradients"]},
+            {"gradient at the end": gradients},
             label="gradient of the objective at the end, relative to that of the added point",
             limit=response["tolerance"],
             limit_name="tolerance",
@@ -264,7 +265,7 @@ def _linearity(response: Mapping[str, Any]) -> Figure:
             ("difference", "relative difference of responses"),
             ("correlation", "correlation of responses"),
         )
-        if all(row.get(key) is not None for row in response["linearity"])
+        if any(row.get(key) is not None for row in response["linearity"])
     }
     logarithmic = [name for name in lines if name.startswith("relative")]
     return dependence(lines, label="ε", logarithmic=logarithmic, mark=("ε used", response["epsilon"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -226,5 +227,6 @@ def read_scored(artifacts: Mapping[str, Artifact]) -> Scored:
         return Scored(scores, None, [], [], None)
     found, record = artifacts["responses"].read_tensors(TENSORS), artifacts["responses"].read_json(RECORD)
     convergence = record["convergence"]
-    converged_P = torch.tensor(convergence["gradients"], dtype=torch.float64) <= convergence["tolerance"]
+    gradients = [math.inf if value is None else value for value in convergence["gradients"]]
+    converged_P = torch.tensor(gradients, dtype=torch.float64) <= convergence["tolerance"]
     return Scored(scores, found["response_QP"].double(), record["numbers"], record["tests"], converged_P)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 STRAIGHT = 0.1  # relative difference of responses at ε and at a smaller weight, above which they are not called linear
@@ -30,60 +30,62 @@ def response(found: Mapping[str, Any]) -> dict[str, Any]:
 def used(study: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What is known of linearity at the ε that was used."""
     rows = [row for row in study["linearity"] if abs(row["epsilon"] / study["epsilon"] - 1) < 1e-6]
-    return rows[0] if rows else None
+    return rows[0] if rows and rows[0]["difference"] is not None else None
 
 
 def _facts(found: Mapping[str, Any], study: Mapping[str, Any]) -> list[list[str]]:
     row, gradients = used(study), study["gradients"]
     chosen = WORDS.get(study["chosen_by"], study["chosen_by"])
-    if row is not None and study["chosen_by"] == "linearity" and row["difference"] > study["straight"]:
+    if study["chosen_by"] == "linearity" and (row is None or row["difference"] > study["straight"]):
         chosen = "at which they are nearest to linear, of those tried"
     facts = [
         ["minimised by", found["optimiser"]],
         ["ε", f"{study['epsilon']:.3g}, {chosen}"],
+        ["objectives minimised", f"{study['converged']:,} of {len(gradients):,} (at most {study['tolerance']:g})"],
     ]
     if row is not None:
-        facts.append(
-            ["linearity at that ε", f"responses differ by {row['difference']:.2g} from those at a smaller one"]
-        )
-    return [
-        *facts,
-        ["gradient at the end", f"{_median(gradients):.2g} of the added point’s, at most {max(gradients):.2g}"],
-        ["objectives minimised", f"{study['converged']:,} of {len(gradients):,} (at most {study['tolerance']:g})"],
-        ["earlier in the descent", f"responses correlate with those at the end by {_rounded(study['halfway'])}"],
-    ]
+        linearity = f"responses differ by {row['difference']:.2g} from those at a smaller one"
+        facts.append(["linearity at that ε", linearity])
+    known = sorted(value for value in gradients if value is not None)
+    if known:
+        left = f"{known[len(known) // 2]:.2g} of the added point’s (median), at most {known[-1]:.2g}"
+        facts.append(["gradient at the end", left])
+    if study["halfway"] is not None:
+        earlier = f"responses correlate with those at the end by {study['halfway']:.4f}"
+        facts.append(["earlier in the descent", earlier])
+    return facts
 
 
 def _warnings(study: Mapping[str, Any]) -> list[str]:
-    warnings = []
-    failed = len(study["gradients"]) - study["converged"]
-    if failed:
-        worst = max(study["gradients"])
-        warnings.append(
-            f"The objective of {failed:,} of {len(study['gradients']):,} points was not minimised: their gradients at "
-            f"the end are above {study['tolerance']:g} of the added point’s, at most {worst:.2g}. More steps "
-            "(validation.pbo_steps) would help."
-        )
+    return [
+        warning for warning in (_not_minimised(study), _not_linear(study), _still_moving(study)) if warning is not None
+    ]
+
+
+def _not_minimised(study: Mapping[str, Any]) -> str | None:
+    gradients = study["gradients"]
+    failed = len(gradients) - study["converged"]
+    if not failed:
+        return None
+    return (
+        f"The objective of {failed:,} of {len(gradients):,} points was not minimised: their gradients at the end are "
+        f"above {study['tolerance']:g} of the added point’s. More steps (validation.pbo_steps) may help."
+    )
+
+
+def _not_linear(study: Mapping[str, Any]) -> str | None:
     row = used(study)
     if row is None:
-        warnings.append("Responses were not shown to be linear at the ε that was used.")
-    elif row["difference"] > study["straight"]:
-        warnings.append(
-            f"Responses at the ε that was used differ by {row['difference']:.0%} from those at a smaller one: they are "
-            "not linear, so correlations with them are lower than they should be."
-        )
-    if study["halfway"] is not None and study["halfway"] < HALFWAY:
-        warnings.append(
-            f"Responses earlier in the descent correlate with those at the end by {study['halfway']:.2f} only."
-        )
-    return warnings
+        return "Responses were not shown to be linear at the ε that was used."
+    if row["difference"] <= study["straight"]:
+        return None
+    return (
+        f"Responses at the ε that was used differ by {row['difference']:.0%} from those at a smaller one: they are not "
+        "linear, so correlations with them are lower than they should be."
+    )
 
 
-def _rounded(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+def _still_moving(study: Mapping[str, Any]) -> str | None:
+    if study["halfway"] is None or study["halfway"] >= HALFWAY:
+        return None
+    return f"Responses earlier in the descent correlate with those at the end by {study['halfway']:.2f} only."
