@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from influence.gauss_newton import Examples, Network, Vectors
+from influence.batch import DUMMY, Batch
+from influence.gauss_newton import Examples, LanguageNetwork, Network, Vectors
+from influence.layers import select_layers
 from influence.newton import Descent, by_layer, minimise
 from influence.proximal import Proximal, measured, moved
 from influence.solvers import SolverState
@@ -216,3 +218,30 @@ def _adam(plain: Plain, point: Examples, epsilon: float, damping: dict[str, floa
         optimiser.step()
         schedule.step()
     return {name: value.detach()[None] for name, value in u.items()}
+
+
+@pytest.mark.parametrize(("family", "step", "tolerance"), [("gpt2", 1e-4, 1e-4), ("llama", 1e-2, 1e-2)])
+def test_language_models_have_the_same_objective(
+    family: str, step: float, tolerance: float, request: pytest.FixtureRequest
+):
+    """A Llama computes its norms in float32 whatever its type, which a finite difference sees."""
+    network = LanguageNetwork(request.getfixturevalue(f"tiny_{family}")())
+    layers = select_layers(network.model, "mlp").layers
+    rows = torch.randint(2, 40, (5, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    batches = [Batch.collate([0, 1], [rows[0], rows[1][:4]]), Batch.collate([2, 3, DUMMY], rows[2:])]
+    point, epsilon = [Batch.collate([1], [rows[1][:4]])], 0.1
+    proximal = Proximal(network, layers, {layer.name: 0.1 for layer in layers}, batches[:1])
+    assert proximal.size == 2
+    assert Proximal(network, layers, proximal.damping, batches).size == 4
+    generator = torch.Generator().manual_seed(2)
+    weights, direction = (
+        {name: torch.randn(value.shape, generator=generator).double() for name, value in proximal.zero(1).items()}
+        for _ in range(2)
+    )
+    found = proximal.gradients(point, weights, epsilon)
+    ahead, behind = (
+        proximal.values(point, {n: v + sign * step * direction[n] for n, v in weights.items()}, epsilon)
+        for sign in (1, -1)
+    )
+    slope = sum((found[name] * direction[name]).sum() for name in found)
+    assert float((ahead - behind) / (2 * step) / epsilon**2) == pytest.approx(float(slope), rel=tolerance)
