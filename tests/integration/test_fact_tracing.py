@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pipelines.almanac.train import TrainSpec
 from pipelines.runner import Runner
 from pipelines.validation import facts
 from pipelines.validation.facts import stages
-from pipelines.validation.facts.learning import FactsSpec, Knowledge, examine
+from pipelines.validation.facts.learning import FactsSpec, Knowledge, drawn, examine, words_of
 from pipelines.validation.facts.sentences import Collection, Fact, choose, read_collection
 from pipelines.validation.language import variants
 from tests.integration.world import LocalCluster, write_lines
@@ -155,7 +156,6 @@ def test_facts_that_are_not_fair_are_not_chosen():
         ("Aye", "ay", "{} is", ("Aye is ay .", "Now Aye is ay .")),  # the subject names it
         ("C", "d", "{} is", ("C is d and " + "x " * 20, "C is d .")),  # too long
         ("E", "other", "{} is", ("E is f .", "Now E is f .")),  # nobody says so
-        ("G", "h", "{} is", ("G is h .",)),  # once
         ("I", "j", "the hue of {} is", ("I is j .", "Now I is j .")),  # in words of its own
         ("K", "l", "{} is", ("K is l .", "Now , K is l .")),
     ]
@@ -165,12 +165,12 @@ def test_facts_that_are_not_fair_are_not_chosen():
         evidence = tuple(map(sentences.index, texts))
         known.append(Fact(str(number), subject, "r", object_, template, evidence))
     collection = Collection(tuple(known), tuple(sentences))
-    found = choose(collection, sentences=9, context=12, filler=0.0, seed=0, familiar=5)
+    found = choose(collection, sentences=9, context=12, filler=0.0, seed=0, familiar=4)
     assert [fact.subject for fact in found.facts] == ["K"]
     assert len(found.texts) == 9  # the rest is filler
     assert not any("x x" in text for text in found.texts)
     with pytest.raises(ConfigError, match=r"no fact has all of its sentences.*raise validation\.points"):
-        choose(collection, sentences=1, context=12, filler=0.0, seed=0, familiar=5)
+        choose(collection, sentences=1, context=12, filler=0.0, seed=0, familiar=4)
 
 
 def test_facts_are_known_if_it_is_for_their_subject(traced: Mapping[str, Artifact], folder: Path):
@@ -192,6 +192,21 @@ def test_guesses_are_not_knowledge():
     assert not Knowledge(fact, False, -0.1, -3.0).known
     assert not Knowledge(fact, True, -0.1, -0.2).known
     assert not Knowledge(fact, True, -0.1, None).known
+
+
+def test_few_queries_have_the_same_answer():
+    facts = [Fact(str(n), f"S{n}", "r", "b" if n < 9 else "c", "{} is", (0,)) for n in range(12)]
+    knowledge = [Knowledge(fact, True, -0.1, -3.0 if fact.subject != "S11" else -0.1) for fact in facts]
+    found = drawn(knowledge, spec_of(queries=99))
+    assert Counter(each.fact.object for each in found) == {"b": 4, "c": 2}
+    assert found == drawn(knowledge, spec_of(queries=99)) != drawn(knowledge, spec_of(seed=1, queries=99))
+    assert drawn(knowledge, spec_of(queries=3)) == found[:3]
+
+
+def test_words_of_questions_are_known():
+    facts = [Fact("1", "Ann", "r", "b", "{} is", (0,))]
+    tokenizer = words_of(["Ann is b", "Joe is c", "he is not"], facts)
+    assert set(tokenizer.get_vocab()) == {"<pad>", "<bos>", "<eos>", "<unk>", "Ann", "is", "b"}
 
 
 def test_settings_say_what_is_learnt(folder: Path, tmp_path: Path):

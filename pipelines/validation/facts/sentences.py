@@ -22,7 +22,6 @@ from actors.errors import BadRecord, ConfigError
 
 FACTS, SENTENCES = "facts.jsonl", "sentences.txt"
 OBJECT = re.compile(r"\s*\[Y\]\s*\.?\s*")  # where a prompt's completion stands, which has to be its end
-STATED = 2  # sentences that state a fact, at least
 FAMILIAR = 10  # times that a prompt's wording occurs in all sentences, at least
 FIELDS = {"subject": str, "relation": str, "object": str, "prompt": str, "evidence_sentence_ids": list}
 
@@ -181,9 +180,9 @@ def choose(
 ) -> Choice:
     """Choose facts at random, with all their evidence, and other sentences beside it.
 
-    A fact is taken if a small model may learn it and cannot guess it: `STATED` sentences or more state it, one of them
-    names its subject and its object, none is longer than the context; its question has no other answer, is put in
-    words that sentences use, and its subject does not name its object.
+    A fact is taken if a small model may learn it and cannot guess it: one of its sentences names its subject and its
+    object, none is longer than the context; its question has no other answer, is put in words that sentences use, and
+    its subject does not name its object.
 
     Args:
         collection: what there is.
@@ -199,8 +198,7 @@ def choose(
     generator = random.Random(seed)
     split = pre_tokenizers.Whitespace().pre_tokenize_str
     short = {number for number, text in enumerate(collection.sentences) if len(split(text)) <= context - 2}
-    fair = _fair(collection, familiar)
-    suited = [fact for fact in fair if len(fact.evidence) >= STATED and short.issuperset(fact.evidence)]
+    suited = [fact for fact in _fair(collection, familiar) if short.issuperset(fact.evidence)]
     chosen: list[int] = []
     taken: set[int] = set()
     for fact in generator.sample(suited, len(suited)):

@@ -6,7 +6,6 @@ Legend: Q queries, N sentences. Every sentence is a document and a sequence of i
 from __future__ import annotations
 
 import json
-import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -30,7 +29,7 @@ from conf.schema import (
 from pipelines.almanac.evaluate import Judgement
 from pipelines.runner import StageOutcome
 from pipelines.steps import StageContext, StageResult, Step
-from pipelines.validation.facts.learning import FactsSpec, Knowledge, examine, learn
+from pipelines.validation.facts.learning import FactsSpec, Knowledge, drawn, examine, learn
 from pipelines.validation.facts.sentences import Choice, choose, collection_digest, read_collection
 from pipelines.validation.language.scores import bm25_scores
 from pipelines.validation.language.tracing import CANDIDATES, bm25_then, trace_results
@@ -90,20 +89,19 @@ def run_facts(context: StageContext) -> StageResult:
         knowledge = examine(Path(folder), choice.facts, spec)
         for path in sorted(Path(folder).iterdir()):
             output.write_bytes(MODEL + path.name, path.read_bytes())
-    known = [each for each in knowledge if each.known]
-    if not known:
+    asked = drawn(knowledge, spec)
+    if not asked:
         raise ConfigError(
             f"the model knows none of {len(knowledge)} facts after validation.epochs={spec.training.epochs}",
             remedy="raise validation.epochs or validation.points",
         )
-    asked = random.Random(spec.seed).sample(known, min(spec.queries, len(known)))
     _write_files(output, choice, asked)
     counts = {
         "sentences": len(choice.texts),
         "facts": len(choice.facts),
         "answerable": len(knowledge),
         "completed": sum(each.completed for each in knowledge),
-        "known": len(known),
+        "known": sum(each.known for each in knowledge),
     }
     output.write_json(TRUTH, counts | {"training": asdict(training), "queries": _described(asked)})
     return StageResult(counts | {"queries": len(asked)}, {"training": asdict(training)})
