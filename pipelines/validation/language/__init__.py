@@ -1,0 +1,1 @@
+"""Validation on small language models: responses, the scale of scores, retraining, removal, and known facts."""

@@ -1,0 +1,66 @@
+"""L-BFGS from gradients: the minimum of a quadratic, of something curved, from steps that are far too long."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from influence.lbfgs import descend
+
+
+def quadratic(size: int = 40, condition: float = 1e4) -> tuple[Tensor, Tensor, Tensor]:
+    """An ill-conditioned matrix, one that resembles it, and a right-hand side."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    values = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), size, dtype=torch.float64)
+    noise = torch.rand(size, generator=generator, dtype=torch.float64) * 2 + 0.2
+    right = torch.randn(size, generator=generator, dtype=torch.float64)
+    return basis @ torch.diag(values) @ basis.T, basis @ torch.diag(1 / (values * noise)) @ basis.T, right
+
+
+def test_the_minimum_of_a_quadratic_is_found_with_few_gradients():
+    matrix, inverse, right = quadratic()
+    expected = -torch.linalg.solve(matrix, right)
+    found = descend(lambda x: matrix @ x + right, lambda g: inverse @ g, torch.zeros(40, dtype=torch.float64), 60, 1e-9)
+    assert found.evaluations < 60
+    assert found.error <= 1e-9
+    torch.testing.assert_close(found.position_P, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_the_error_is_that_of_the_norm_of_the_matrix_where_the_metric_is_it():
+    matrix, _, right = quadratic(condition=100)
+    exact = torch.linalg.inv(matrix)
+    expected = -exact @ right
+    generator = torch.Generator().manual_seed(1)
+    start = expected + 1e-3 * torch.randn(40, generator=generator, dtype=torch.float64)
+    found = descend(lambda x: matrix @ x + right, lambda g: exact @ g, torch.zeros(40, dtype=torch.float64), 2, 0.0)
+    off = found.position_P - expected
+    way = (-right @ found.position_P).sqrt()
+    assert found.error == pytest.approx(float((off @ matrix @ off).sqrt() / way))
+    nothing = descend(lambda x: matrix @ x + right, lambda g: exact @ g, start, 1, 0.0)
+    assert nothing.error == 1
+    torch.testing.assert_close(nothing.position_P, start)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3])
+def test_curved_objectives_are_minimised_from_a_metric_of_the_wrong_scale(scale: float):
+    """log cosh along ill-conditioned axes; its gradient saturates, so that steps that are too long are of no use."""
+    matrix, _, right = quadratic(size=12, condition=50)
+    root = torch.linalg.cholesky(matrix).T
+    offset = torch.linalg.solve(root.T, right)
+
+    def gradient(x: Tensor) -> Tensor:
+        return root.T @ torch.tanh(root @ x + offset)
+
+    found = descend(gradient, lambda g: scale * g, torch.zeros(12, dtype=torch.float64), 400, 1e-8)
+    expected = -torch.linalg.solve(root, offset)
+    torch.testing.assert_close(found.position_P, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_that_is_no_number_ends_the_descent_where_it_was():
+    start = torch.ones(3, dtype=torch.float64)
+    found = descend(lambda x: torch.ones_like(x) if x is start else x * torch.nan, lambda g: g, start, 50, 0.0)
+    assert found.error == 1
+    assert found.position_P is start
+    assert found.halfway_P is start
