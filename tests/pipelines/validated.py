@@ -163,8 +163,18 @@ def _datamodels(shift: float) -> dict[str, Any]:
         "methods": methods,
         "ceiling": statistic(0.62, 0.02),
         "dampings": [
-            {"multiple": 1.0, "damping": None, "methods": {"ekfac": statistic(0.21), "exact": statistic(0.1)}},
-            {"multiple": None, "damping": 2e-3, "methods": {"ekfac": statistic(0.22), "exact": statistic(0.21)}},
+            {
+                "multiple": 1.0,
+                "damping": None,
+                "methods": {"ekfac": statistic(0.21), "exact": statistic(0.1)},
+                "differences": {"exact": statistic(-0.11)},
+            },
+            {
+                "multiple": None,
+                "damping": 2e-3,
+                "methods": {"ekfac": statistic(0.22), "exact": statistic(0.21)},
+                "differences": {"exact": statistic(-0.01)},
+            },
         ],
         "seconds": {"retraining": 300.0},
     }

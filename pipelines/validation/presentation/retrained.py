@@ -50,8 +50,15 @@ def dampings(document: Document) -> Section | None:
     if not found:
         return None
     methods = list(dict.fromkeys(name for row in found for name in row["methods"]))
-    rows: list[Row] = [{"damping": _damping(row), **row["methods"]} for row in found]
+    others = list(dict.fromkeys(name for row in found for name in row["differences"]))
+    rows: list[Row] = [
+        {"damping": _damping(row)}
+        | row["methods"]
+        | {f"{name}_beyond": difference for name, difference in row["differences"].items()}
+        for row in found
+    ]
     columns = [Column("damping", "damping"), *(Column(name, f"LDS, {method(name)}", "mean") for name in methods)]
+    columns += [Column(f"{name}_beyond", f"{method(name)} more than EK-FAC", "mean") for name in others]
     about = [
         "Retraining does not know the damping of the proximal Bregman objective: it answers by how far training moves. "
         "The same scores with other dampings: multiples of the usual one, which is a factor of each layer’s mean "

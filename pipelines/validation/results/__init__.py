@@ -19,7 +19,7 @@ null) and `values` (of single measurements or queries, may be empty); S? may be 
   `bytes`, `products`, `residual`, `notes`}.
 - `iterations`: of conjugate gradients, each {`iterations`, `pearson`: S?, with the response, `lds`: S?}.
 - `datamodels`: `subsets`, `share`, `retrainings`, `unit`, `methods`: METHOD: {`lds`: S, `tests`: S?, `difference`: S?},
-  `ceiling`: S?, `dampings`: each {`multiple`, `damping`, `methods`: METHOD: S}.
+  `ceiling`: S?, `dampings`: each {`multiple`, `damping`, `methods`, `differences`: METHOD: S}.
 - `removal`: `share`, `dropped`, `retrainings`, `unit`, `measured`, `methods`: METHOD: {`change`: S, `over_random`: S?,
   `over_bm25`: S?, `wins`}.
 - `tracing`: `k`, `documents`, `queries`, `methods`: METHOD: {`recall`: S, `reciprocal_rank`: S, `difference`: S?}.

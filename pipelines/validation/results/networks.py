@@ -155,7 +155,11 @@ def datamodels(found: Mapping[str, Any]) -> dict[str, Any] | None:
 def _damped(row: Mapping[str, Any]) -> dict[str, Any]:
     """The scores with another damping."""
     methods = {name: statistic(each["lds"], each["interval_subsets"]) for name, each in row["methods"].items()}
-    return {"multiple": row["multiple"], "damping": row["damping"], "methods": methods}
+    differences = {
+        name: statistic(each["mean"], each["interval_subsets"]) for name, each in (row.get("differences") or {}).items()
+    }
+    damping = {key: row[key] for key in ("multiple", "damping")}
+    return damping | {"methods": methods, "differences": differences}
 
 
 def removal(found: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 STRAIGHT = 0.1  # relative difference of responses at ε and at a smaller weight, above which they are not called linear
-HALFWAY = 0.95  # correlation of responses earlier in the descent with those at the end, below which it is pointed out
 WORDS = {"given": "as given", "linearity": "the largest of those tried at which responses are linear"}
 
 
@@ -57,9 +56,7 @@ def _facts(found: Mapping[str, Any], study: Mapping[str, Any]) -> list[list[str]
 
 
 def _warnings(study: Mapping[str, Any]) -> list[str]:
-    return [
-        warning for warning in (_not_minimised(study), _not_linear(study), _still_moving(study)) if warning is not None
-    ]
+    return [warning for warning in (_not_minimised(study), _not_linear(study)) if warning is not None]
 
 
 def _not_minimised(study: Mapping[str, Any]) -> str | None:
@@ -83,9 +80,3 @@ def _not_linear(study: Mapping[str, Any]) -> str | None:
         f"Responses at the ε that was used differ by {row['difference']:.0%} from those at a smaller one: they are not "
         "linear, so correlations with them are lower than they should be."
     )
-
-
-def _still_moving(study: Mapping[str, Any]) -> str | None:
-    if study["halfway"] is None or study["halfway"] >= HALFWAY:
-        return None
-    return f"Responses earlier in the descent correlate with those at the end by {study['halfway']:.2f} only."
