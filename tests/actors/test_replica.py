@@ -12,11 +12,13 @@ import pyarrow as pa
 import pytest
 import torch
 
+from actors.bench import out_of_memory
 from actors.errors import BadRecord, Cancelled, MemoryRanOut, WhenceError
 from actors.factors import covariance_tensors, layer_file, part_file
-from actors.replica import COVARIANCE_PASS, Replica, out_of_memory
+from actors.replica import Replica
 from actors.scores import ShardReport, read_report
 from actors.store import Artifact, Store
+from actors.summing import COVARIANCE_PASS
 from actors.tasks import GroupTask, QueryTask, ReplicaSpec, ScanTask
 from conf.schema import ClusterConfig, Dtype, Labels, Measurement, ModelConfig, ScanConfig
 from influence.batch import Batch
@@ -332,7 +334,7 @@ def on_gang(size: int, spec: ReplicaSpec, *calls: tuple[str, Any]) -> list[list[
     def run(exchange: ThreadExchange) -> list[Any]:
         replica = replicas[exchange.rank]
         replica.exchange = replica.worker.exchange = exchange
-        replica._queries._exchange = replica._bases._exchange = exchange
+        replica.queries._exchange = replica.bases._exchange = exchange
         return [getattr(replica, method)(task) for method, task in calls]
 
     return on_ranks(size, run)

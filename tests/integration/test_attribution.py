@@ -103,9 +103,9 @@ def test_what_stands_around_a_sequence_is_what_the_corpus_has_there(traced: Trac
 
 @pytest.fixture(scope="module")
 def exact(ray_session: None, world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, TraceResult]:
-    """GPT-2 in float64, compressed queries, top and bottom; full matrices would be multiplied out in float32."""
+    """GPT-2 in float64, compressed queries that the scan multiplies out, top and bottom."""
     changes = {**FLOAT64, **SMALL, "model__path": str(world.root / "gpt2"), "queries__rank": "3"}
-    changes |= {"scan__contraction": "factored"}
+    changes |= {"scan__contraction": "dense"}
     folder = tmp_path_factory.mktemp("exact")
     config = world.config(folder / "store", **changes, scan__bottom=4, scan__top=6, attribution__top=5)
     return config, run_locally(config, folder / "run")

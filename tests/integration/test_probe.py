@@ -207,7 +207,7 @@ def test_ranks_of_a_sharded_replica_score_what_one_process_scores(
     def run(exchange: ThreadExchange) -> None:
         replica = replicas[exchange.rank]
         replica.exchange = replica.worker.exchange = exchange
-        replica._queries._exchange = exchange
+        replica.queries._exchange = exchange
         replica.probe(together)
 
     on_ranks(size, run)
