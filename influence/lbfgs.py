@@ -37,8 +37,8 @@ class Descended:
     Attributes:
         position_P: x.
         halfway_P: x after half of the evaluations.
-        error: √(gᵀ M⁻¹ g) at the end over √(−g₀ᵀ x), with g₀ the first gradient: the distance that is left over the
-            way that was gone, in the norm of the metric; 1 where nothing was gone.
+        error: the relative gradient √(gᵀ M⁻¹ g / g₀ᵀ M⁻¹ g₀), g₀ the first; in the norm of M⁻¹, and not the Euclidean
+            one, so that directions of little curvature count for what they move.
         evaluations: gradients that were taken, the first one among them.
     """
 
@@ -69,17 +69,16 @@ def descend(gradient: Gradient, inverse: Inverse, start_P: Tensor, evaluations: 
 class _Path:
     def __init__(self, gradient: Gradient, inverse: Inverse, start_P: Tensor) -> None:
         self._gradient, self._inverse = gradient, inverse
-        self.start_P = self.position_P = start_P
-        self.first_P = self.gradient_P = gradient(start_P)
+        self.position_P, self.gradient_P = start_P, gradient(start_P)
+        self._first = self.gradient_P @ inverse(self.gradient_P)
         self.evaluations, self._length = 1, FIRST
         self._pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
         self._scale = torch.ones((), dtype=start_P.dtype)
 
     def error(self) -> float:
-        """How far there is to go, as a share of the way that was gone."""
-        way = -(self.first_P @ (self.position_P - self.start_P))
+        """The relative gradient; 0 where there was none at first."""
         rest = self.gradient_P @ self._inverse(self.gradient_P)
-        return float((rest / way).sqrt()) if way > 0 else float(rest > 0)
+        return float((rest / self._first).clamp_min(0).sqrt()) if self._first > 0 else 0.0
 
     def step(self) -> bool:
         """One step, by one gradient or more; False if there is none that lowers the slope."""

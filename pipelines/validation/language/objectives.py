@@ -34,7 +34,7 @@ PROBED = 4  # points that linearity is shown on; a multiple of AT_A_TIME, so tha
 COPIES = (1 / 4, 1 / 16, 1 / 64)  # the weights ε that are tried, in copies: ε = copies / N
 LINEAR = 0.1  # relative difference of responses at ε and at a quarter of it, below which they count as linear
 AT_A_TIME = 2  # points a task
-EVALUATIONS = 60  # gradients of an objective, each over all training sequences
+EVALUATIONS = 80  # gradients of an objective, each over all training sequences
 MICRO = 64  # sequences that go through the model together
 OPTIMISER = f"L-BFGS with EK-FAC as its first metric, {EVALUATIONS} gradients over all training sequences"
 
