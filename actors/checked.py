@@ -91,13 +91,16 @@ class CheckedFolder:
 
     def names(self) -> list[str]:
         """Names of the files in place, sorted, without checksums."""
-        own = (name for name in self._everything() if not name.startswith(f"{CHECKSUMS}/"))
-        return sorted(name for name in own if not name.rpartition("/")[2].startswith(ASIDE))
+        return sorted(name for name in self._in_place() if not name.startswith(f"{CHECKSUMS}/"))
 
     def with_checksum(self) -> set[str]:
         """Names of the files that have a checksum beside them."""
-        found = (name for name in self._everything() if name.startswith(f"{CHECKSUMS}/"))
+        found = (name for name in self._in_place() if name.startswith(f"{CHECKSUMS}/"))
         return {name.removeprefix(f"{CHECKSUMS}/").removesuffix(".json") for name in found}
+
+    def _in_place(self) -> Iterator[str]:
+        """All files but those that a writer left aside when it died: of a checksum they are no name of a file."""
+        return (name for name in self._everything() if not name.rpartition("/")[2].startswith(ASIDE))
 
     def _everything(self) -> Iterator[str]:
         found = self.filesystem.get_file_info(FileSelector(self.path, recursive=True, allow_not_found=True))

@@ -113,6 +113,13 @@ def test_a_committed_folder_holds_data_and_record_only(artifact):
     assert left == ["artifact.json", "shards", "shards/part"]
 
 
+def test_what_a_killed_writer_left_of_a_checksum_is_no_file_that_was_lost(artifact):
+    artifact.write_json("shards/0.json", {"rows": 3})
+    local(artifact, "checksums/.tmp-left-by-a-killed-writer").write_bytes(b"half")
+    local(artifact, "checksums/shards/.tmp-left-as-well").write_bytes(b"half")
+    assert set(commit(artifact)["files"]) == {"shards/0.json"}
+
+
 def test_looking_creates_nothing(tmp_path):
     artifact = Store(str(tmp_path / "store")).folder("covariance", FINGERPRINT)
 
