@@ -159,13 +159,14 @@ def test_costs_of_language_models_count_the_fit_once_for_each_method() -> None:
     steps |= {"scores": 4.0}
     seconds = {"ekfac": steps, "identity": {"gradients": 0.5, "scores": 4.0}}
     solves = {
-        "lissa": {"seconds": 20.0, "products": 60, "scale": 3.0, "change": 0.01},
+        "lissa": {"seconds": [8.0, 12.0], "products": [60, 60], "scale": [3.0, 3.0], "change": [0.01, 0.02]},
         "exact": {"seconds": 30.0, "iterations": 2, "residuals": [[0.5, 0.4], [1e-3, 1e-4]]},
     }
     found = language.cost(2, seconds, solves)["methods"]
     assert found["ekfac"]["seconds"] == {"fit": 6.0, "solve": 0.75, "score": 4.0, "total": 10.75}
     assert found["lissa"]["seconds"]["total"] == 24.0
     assert found["lissa"]["products"] == 60
+    assert found["lissa"]["notes"] == {"scale": 3.0, "change": 0.02}
     assert found["exact"]["residual"] == 1e-3
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from pipelines.plots.validation import Estimate, Plane, Series, below, dependence, method_bars, planes, wall_clock
 from pipelines.validation.presentation.tables import Document, signed
-from pipelines.validation.presentation.wording import BLOCKS, METHODS, colour, method, title
+from pipelines.validation.presentation.wording import BLOCKS, METHODS, colour, method, ordered, title
 
 Drawn = tuple[str, str, Figure]
 Statistic = Mapping[str, Any]
@@ -67,14 +67,8 @@ def _by_method(
         methods = (document["studies"].get(study) or {}).get("methods") or {}
         kept = {each: estimate(record[key]) for each, record in methods.items() if not BLOCKS.match(each)}
         if any(value.mean is not None for value in kept.values()):
-            order = sorted(kept, key=lambda each: _place(each))
-            found[name] = {method(each): kept[each] for each in order}
+            found[name] = {method(each): kept[each] for each in ordered(kept)}
     return found
-
-
-def _place(name: str) -> int:
-    order = list(METHODS)
-    return order.index(name) if name in order else len(order)
 
 
 def _colours(documents: Sequence[Document]) -> dict[str, str]:
@@ -129,8 +123,7 @@ def _time(documents: Sequence[Document], names: Sequence[str]) -> Iterator[Drawn
             continue
         seconds = {each: found["methods"][each]["seconds"] for each in found["methods"] if not BLOCKS.match(each)}
         groups[name] = {
-            method(each): (seconds[each]["total"], seconds[each].get("fit") or 0.0)
-            for each in sorted(seconds, key=_place)
+            method(each): (seconds[each]["total"], seconds[each].get("fit") or 0.0) for each in ordered(seconds)
         }
         measurements.add(found["measurements"])
     if not groups:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.validation.presentation.tables import INTERVAL, METHOD, Column, Document, Row, Section
-from pipelines.validation.presentation.wording import BLOCKS, method, pair
+from pipelines.validation.presentation.wording import BLOCKS, method, ordered, pair
 
 SLOPE = 0.1  # by which a slope may miss 1 before it is pointed out
 LISTED = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 40, 50)  # iterations that a table has; the plot has all
@@ -23,8 +23,8 @@ def agreement(document: Document) -> Section | None:
         return None
     seconds = {name: record["seconds"]["total"] for name, record in (costs or {"methods": {}})["methods"].items()}
     rows: list[Row] = [
-        {"method": method(name), **record, "seconds": seconds.get(name)}
-        for name, record in found["methods"].items()
+        {"method": method(name), **found["methods"][name], "seconds": seconds.get(name)}
+        for name in ordered(found["methods"])
         if not BLOCKS.match(name)
     ]
     columns = [METHOD, Column("pearson", "correlation with the PBRF", "mean"), Column("spearman", "Spearman's", "mean")]
@@ -114,7 +114,8 @@ def cost(document: Document) -> Section | None:
     if not found:
         return None
     rows: list[Row] = []
-    for name, record in found["methods"].items():
+    for name in ordered(found["methods"]):
+        record = found["methods"][name]
         parts = record["seconds"]
         cpu = record.get("cpu_seconds") or {}
         rows.append(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.validation.presentation.tables import INTERVAL, METHOD, Column, Document, Row, Section, signed
-from pipelines.validation.presentation.wording import method
+from pipelines.validation.presentation.wording import method, ordered
 
 # --- retraining -------------------------------------------------------------------------------------------------------
 
@@ -16,10 +16,7 @@ def datamodels(document: Document) -> Section | None:
     found = document["studies"].get("datamodels")
     if not found:
         return None
-    rows: list[Row] = [
-        {"method": method(name), "lds": record["lds"], "tests": record["tests"], "difference": record["difference"]}
-        for name, record in found["methods"].items()
-    ]
+    rows: list[Row] = [{"method": method(name), **found["methods"][name]} for name in ordered(found["methods"])]
     if found["ceiling"]:
         rows.append({"method": "the best there can be", "lds": found["ceiling"]})
     columns = [METHOD, Column("lds", "LDS", "mean")]
@@ -79,7 +76,7 @@ def removal(document: Document) -> Section | None:
     found = document["studies"].get("removal")
     if not found:
         return None
-    rows: list[Row] = [{"method": method(name), **record} for name, record in found["methods"].items()]
+    rows: list[Row] = [{"method": method(name), **found["methods"][name]} for name in ordered(found["methods"])]
     measured = found["measured"]
     columns = [METHOD, Column("change", f"change of the {measured}", "mean", 4)]
     optional = {"over_random": "beyond random", "over_bm25": "beyond BM25"}
@@ -105,7 +102,7 @@ def tracing(document: Document) -> Section | None:
     found = document["studies"].get("tracing")
     if not found:
         return None
-    rows: list[Row] = [{"method": method(name), **record} for name, record in found["methods"].items()]
+    rows: list[Row] = [{"method": method(name), **found["methods"][name]} for name in ordered(found["methods"])]
     columns = [
         METHOD,
         Column("recall", f"recall@{found['k']}", "mean"),

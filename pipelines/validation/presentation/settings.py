@@ -8,6 +8,7 @@ from typing import Any
 from pipelines.validation.presentation.tables import INTERVAL, METHOD, Column, Document, Row, Section
 from pipelines.validation.presentation.wording import method
 
+SCALED = ("ekfac", "ekfac_cg", "exact", "response", "pbo")  # predictions that a slope is shown of
 GOOD_SIZE = 0.9  # correlation of two fits on disjoint halves, below which a warning is given
 
 
@@ -101,6 +102,7 @@ def scale(document: Document) -> Section | None:
             "correlation": line["correlation"],
         }
         for line in found["lines"]
+        if line["method"] in SCALED
     ]
     columns = [
         Column("against", "measured by"),

@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.validation.presentation.figures import labels
 from pipelines.validation.presentation.sections import warnings
 from pipelines.validation.presentation.tables import INTERVAL, Column, Document, Section
-from pipelines.validation.presentation.wording import BLOCKS, METHODS, method, pair
+from pipelines.validation.presentation.wording import BLOCKS, method, ordered, pair
 
 Values = Mapping[str, Any]
 
@@ -117,9 +117,7 @@ def _table(
         if document["studies"].get(study)
     }
     keys = [key for key in dict.fromkeys(key for each in found.values() for key in each) if not BLOCKS.match(key)]
-    order = {key: place for place, key in enumerate(METHODS)}
-    keys.sort(key=lambda key: order.get(key, len(order)))
-    rows = [{"what": called(key), **{label: each.get(key) for label, each in found.items()}} for key in keys]
+    rows = [{"what": called(key), **{label: each.get(key) for label, each in found.items()}} for key in ordered(keys)]
     first = head or ("methods" if called is pair else "method")
     columns = [Column("what", first), *(Column(label, label, kind) for label in found)]
     return Section(name, title, [about], columns, rows, (), figures)

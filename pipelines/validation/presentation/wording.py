@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from conf.schema import Subject
 from pipelines.plots.style import CATEGORIES
@@ -17,7 +18,8 @@ METHODS = {
     "bm25": "BM25",
     "bm25_ekfac": "BM25 → EK-FAC",
     "random": "random order",
-    "pbo": "measured response",
+    "response": "linear response",
+    "pbo": "objective of Equation 7",
 }
 COLOURS = {
     "identity": CATEGORIES[6],
@@ -49,6 +51,12 @@ def method(name: str) -> str:
     if found:
         return f"{METHODS.get(found[1], found[1])}, {found[2]} blocks"
     return METHODS.get(name, name)
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Methods in the one order of all tables and plots; variants come last, fewest blocks first."""
+    order = list(METHODS)
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), blocks(name)))
 
 
 def blocks(name: str) -> int:

@@ -10,6 +10,7 @@ from pipelines.validation.results.statistics import statistic
 FIT = ("covariance", "eigenbasis", "correction")
 SOLVE = ("gradients", "refinement", "ihvp", "queries")
 SCAN = ("scores",)
+NOTES = ("scale", "attempts", "depth", "change", "iterations")  # of LiSSA and of exact solves
 PAIRS = ("ekfac", "identity"), ("ekfac", "kfac"), ("ekfac", "lissa"), ("ekfac_cg", "ekfac"), ("exact", "ekfac_cg")
 
 
@@ -75,11 +76,18 @@ def cost(
         record = (solves or {}).get(name)
         if record is None:
             continue
-        parts = {"fit": None, "solve": record["seconds"], "score": scan, "total": record["seconds"] + (scan or 0.0)}
-        notes = {key: record[key] for key in ("scale", "attempts", "depth", "iterations") if key in record}
+        took = sum(_batches(record["seconds"]))
+        parts = {"fit": None, "solve": took, "score": scan, "total": took + (scan or 0.0)}
+        notes = {key: max(_batches(record[key])) for key in NOTES if record.get(key) is not None}
         last = (record.get("residuals") or [None])[-1]
-        methods[name] = _method(parts, notes, max(last) if last else None, record.get("products"))
+        products = _batches(record["products"])[0] if record.get("products") is not None else None
+        methods[name] = _method(parts, notes, max(last) if last else None, products)
     return {"measurements": queries, "threads": None, "methods": methods}
+
+
+def _batches(value: Any) -> list[Any]:
+    """Of each batch of queries: they are solved one beside the other."""
+    return value if isinstance(value, list) else [value]
 
 
 def _seconds(steps: Mapping[str, float]) -> dict[str, Any]:
