@@ -15,6 +15,7 @@ from pipelines.plots.style import CATEGORIES, INK, LINE, SOFT, legend, number, p
 
 COLUMNS = 4
 WIDEST = 10.0  # inches
+CROWDED = 12  # points of a line above which intervals become a band
 HALF_WIDTH = 0.16  # over which the dots of single measurements are spread, in widths of a bar's place
 
 
@@ -229,12 +230,19 @@ def dependence(
 
 def _line(place: Axes, line: Series, colour: str) -> object:
     known = [(x, y.mean) for x, y in zip(line.x, line.y, strict=True) if y.mean is not None]
-    for x, y in zip(line.x, line.y, strict=True):
+    x, means = [x for x, _ in known], [mean for _, mean in known]
+    bands = [(x, *y.interval) for x, y in zip(line.x, line.y, strict=True) if y.interval is not None]
+    if len(known) > CROWDED:
+        if bands:
+            at, low, high = np.array(bands).T
+            place.fill_between(at, low, high, color=colour, alpha=0.16, lw=0)
+        return place.plot(x, means, color=colour, lw=1.6)[0]
+    for at, y in zip(line.x, line.y, strict=True):
         values = [value for value in y.values if value is not None]
-        place.plot([x] * len(values), values, ls="", marker="o", ms=3, mew=0, color=colour, alpha=0.35)
-        if y.interval is not None:
-            place.plot([x, x], y.interval, color=colour, lw=1.0, marker="_", ms=5)
-    return place.plot([x for x, _ in known], [mean for _, mean in known], color=colour, marker="D", ms=4, lw=1.4)[0]
+        place.plot([at] * len(values), values, ls="", marker="o", ms=3, mew=0, color=colour, alpha=0.35)
+    for at, low, high in bands:
+        place.plot([at, at], [low, high], color=colour, lw=1.0, marker="_", ms=5)
+    return place.plot(x, means, color=colour, marker="D", ms=4, lw=1.4)[0]
 
 
 def _settings(place: Axes, settings: Sequence[float]) -> None:

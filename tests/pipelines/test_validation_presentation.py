@@ -213,6 +213,13 @@ def test_lines_are_the_means() -> None:
     assert ([4, 4], [0.6, 0.8]) in lines
 
 
+def test_many_intervals_become_a_band() -> None:
+    crowded = Series("s", range(1, 31), [Estimate(0.5, [0.4, 0.6])] * 30)
+    figure = dependence({"y": [crowded]}, label="x")
+    assert len(figure.axes[0].collections) == 1
+    assert len(figure.axes[0].lines) == 1
+
+
 def test_points_without_a_finite_gradient_are_missed_in_the_curve() -> None:
     figure = below({"a": [0.01, 0.02, np.inf, np.inf]}, label="x", limit=0.05, limit_name="limit")
     curve = max(figure.axes[0].lines, key=lambda line: len(line.get_xdata()))

@@ -266,7 +266,7 @@ def _linearity(response: Mapping[str, Any]) -> Figure:
 
 def _response(studies: Mapping[str, Any], pairs: Path) -> Iterator[Drawn]:
     table = pq.read_table(pairs)
-    names = [name for name in METHODS if name in table.column_names]
+    names = [name for name in ordered(studies["agreement"]["methods"]) if not BLOCKS.match(name)]
     measured = table["response"].to_numpy()
     measurement = table["measurement"].to_numpy()
     scales = {at: float(np.std(measured[measurement == at])) or 1.0 for at in np.unique(measurement)}
