@@ -54,7 +54,7 @@ class Plane:
     """What was predicted against what was measured, of the same things.
 
     Attributes:
-        name: A title.
+        name: A title, of one line or of two.
         predicted: [N].
         measured: [N].
         slope: Of a line through the origin; None draws none.
@@ -280,7 +280,7 @@ def _plane(place: Axes, plane: Plane, room: int) -> None:
         place.plot(ends, plane.slope * ends, color=CATEGORIES[1], lw=1.4)
         place.plot(ends, ends, color=SOFT, lw=0.9, ls=(0, (4, 3)), zorder=0)
     place.set_ylim(low - margin, high + margin)
-    place.set_title(safe(plane.name, 30))
+    place.set_title("\n".join(safe(line, 30) for line in plane.name.split("\n")))
     for axis in (place.xaxis, place.yaxis):
         axis.set_major_locator(MaxNLocator(4))
         axis.set_major_formatter(FuncFormatter(lambda value, _: number(float(f"{value:.3g}"))))

@@ -7,18 +7,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.probes import write_section
 from benchmarks.validation import fill
+from conf.schema import RunConfig, Subject, ValidationConfig
+from pipelines.almanac.evaluate import Judgement
+from pipelines.almanac.world import STATING
+from pipelines.validation.language import datamodels, intervals, removal, scale, tracing
+from pipelines.validation.language.responses import response_results
+from pipelines.validation.presentation.figures import figures
+from pipelines.validation.presentation.markdown import terminal
 from pipelines.validation.presentation.sections import sections
 from pipelines.validation.results import language, networks
+from pipelines.validation.results.document import studies
 from pipelines.validation.results.networks import Scored
 from pipelines.validation.results.responses import response
 from pipelines.validation.results.statistics import slopes, statistic
 from tests.pipelines.validated import facts_document, language_document, network_document
 
+SOLVERS = ("identity", "kfac", "ekfac", "ekfac_cg")
 ROOT = Path(__file__).parents[2]
 STAT = {"mean": 0.5, "interval": [0.4, 0.6], "by_query": {"a": 0.45, "b": 0.55}}
 SAME = {"mean": 0.5, "interval": [0.4, 0.6], "values": [0.45, 0.55]}
@@ -201,6 +211,88 @@ def test_removal_of_documents() -> None:
     assert (found["base"], found["measured"]) == (-2.0, "log-probability")
     assert found["methods"]["ekfac"]["over_bm25"] == SAME
     assert found["methods"]["random"]["over_random"] is None
+
+
+class Recorded:
+    """An artifact of which there is but its records."""
+
+    def __init__(self, **records: Any) -> None:
+        self.records = records
+        self.uri = "somewhere"
+
+    def read_json(self, name: str) -> Any:
+        return self.records[name.removesuffix(".json")]
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorded]:
+    """What the steps of a language model record, by their own functions, of made-up scores."""
+    monkeypatch.setattr(intervals, "RESAMPLES", 10)
+    generator, queries, sizes = np.random.default_rng(2), ["a", "b", "c"], (3, 20)
+    methods = {name: generator.normal(size=sizes) for name in (*SOLVERS, "lissa", "exact", "bm25")}
+    curve_KQN = np.stack([methods["ekfac"], methods["ekfac_cg"], methods["exact"]])
+    kept_SN = generator.random((6, 20)) < 0.5
+    measured_QP = methods["exact"][:, :8] + 0.1 * generator.normal(size=(3, 8))
+    judgements = [Judgement(name, {kind: np.array([n]) for kind in STATING}, {}) for n, name in enumerate(queries)]
+    scores = {
+        "queries": [{"query_id": name} for name in queries],
+        **{"sequences": 20, "documents": 20, "damping": {"mlp": 0.1}, "parameters": {"tracked": 5, "model": 9}},
+        "seconds": {name: {"covariance": 1.0, "gradients": 1.0, "ihvp": 1.0, "scores": 1.0} for name in SOLVERS},
+    }
+    responses = MEASURED | {"queries": queries, "points": 8}
+    predicted = {name: values[:, :8] / 20 for name, values in methods.items() if name != "bm25"}
+    checkpoint = {"steps": 9, "methods": scale.lines(predicted | {"pbo": measured_QP}, measured_QP)}
+    pairs = {"predicted": {name: values.T.tolist() for name, values in predicted.items()}}
+    pairs |= {name: (measured_QP.T / 20).tolist() for name in ("pbo", "training_on")}
+    halves = {"subsets": 6, "seeds": 1, "documents": 20, "share": 0.5, "seconds": 1.0, "ceiling": None}
+    lds = datamodels.lds_results(methods, curve_KQN, kept_SN, generator.normal(size=(3, 6)), queries)
+    removed = {name: generator.normal(size=3) for name in ("ekfac", "bm25", "random")}
+    about = {"share": 0.05, "dropped": 1, "documents": 20, "seeds": 1, "base": dict.fromkeys(queries, -1.0)}
+    return {
+        "language_scores": Recorded(scores=scores),
+        "language_responses": Recorded(
+            responses=responses | response_results(methods, curve_KQN, measured_QP, list(range(8)), queries)
+        ),
+        "scale": Recorded(
+            scale={
+                "weight": 0.05,
+                "points": 8,
+                "queries": 3,
+                "pairs": pairs,
+                "pbo": scale.lines(predicted, measured_QP),
+            }
+            | {"training_on": {"checkpoints": [checkpoint]}}
+        ),
+        "language_datamodels": Recorded(datamodels=halves | lds),
+        "language_removal": Recorded(removal=about | {"methods": removal.changes(removed, queries)}),
+        "tracing": Recorded(tracing=tracing.trace_results(methods, judgements, 20) | {"candidates": 5}),
+    }
+
+
+def test_everything_that_a_language_model_records_is_shown(recorded: dict[str, Recorded]) -> None:
+    config = RunConfig(validation=ValidationConfig(subject=Subject.almanac))
+    found = {name: study for name, study in studies(config, recorded).items() if study}  # type: ignore[arg-type]
+    json.dumps(found, allow_nan=False)
+    document = network_document() | {"studies": found}
+    shown = [section.name for section in sections(document)]
+    expected = [
+        "agreement",
+        "differences",
+        "time",
+        "response",
+        "iterations",
+        "datamodels",
+        "removal",
+        "tracing",
+        "scale",
+    ]
+    assert shown == expected
+    assert [row["iterations"] for row in found["iterations"]] == [1, 2, 3]
+    assert set(found["agreement"]["methods"]) == {*SOLVERS, "lissa", "exact", "bm25"}
+    assert found["agreement"]["methods"]["exact"]["pearson"]["mean"] > 0.9
+    assert found["removal"]["methods"]["ekfac"]["over_bm25"]["mean"] is not None
+    assert {name for name, _, _ in figures([document])} >= {"agreement", "iterations", "scale", "tracing", "removal"}
+    assert terminal(document)
 
 
 # --- the page of results ----------------------------------------------------------------------------------------------

@@ -306,7 +306,7 @@ def _scale(found: Mapping[str, Any]) -> Iterator[Drawn]:
             known = slope is not None and correlation is not None
             note = signed(f"slope {slope:.2f}, r = {correlation:.3f}") if known else ""
             measured = np.asarray(pairs[key], float).ravel()
-            given.append(Plane(f"{method(name)}: {called}", predicted.tolist(), measured.tolist(), slope, note))
+            given.append(Plane(f"{method(name)}\n{called}", predicted.tolist(), measured.tolist(), slope, note))
     if given:
         figure = planes(given, "predicted change of log p (score / N)", "measured change, nats")
         yield "scale", "Change of log p when a sequence is added: measured over predicted; dashed: slope 1.", figure
