@@ -327,7 +327,8 @@ def _give_freed_memory_back() -> None:
     """Have whole weights, which come and go one after the other, leave the process when they are freed.
 
     glibc puts blocks of up to 32 MiB on its heap once such blocks were freed, where what lies between them keeps it
-    from shrinking: a rank would seem to hold most of the model. Blocks of a mebibyte and more are mapped instead.
+    from shrinking: a rank would seem to hold most of the model, and more with each pass. Blocks of a mebibyte and more
+    are mapped instead. That costs page faults: a quarter of a pass where layers are this small (docs/results/plan.md).
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # other C libraries have none

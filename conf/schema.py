@@ -304,13 +304,12 @@ class ValidationConfig:
 
     subject: Subject = Subject.concrete
     path: str | None = None  # its data: a CSV file, an .npz file of images, or a folder of facts
+    limit: int | None = None  # examples of a data set at most, drawn by the seed; None takes all
     seed: int = 0  # of splits, first weights, points and measurements
     points: int = 500  # training points (sequences) whose influence is compared with a measured response
     measurements: int = 10  # test points (queries) whose measurement responds
     epochs: int = 100  # of training by SGD
-    pbo_steps: int = 2000  # steps of Adam for each proximal Bregman objective; 0 measures no response
-    pbo_batch: int = 512  # training points a step
-    pbo_learning_rate: float = 0.05  # first one, in units of the typical size of a weight's response; falls to 0
+    pbo_steps: int = 12  # Gauss-Newton steps at most for each proximal Bregman objective; 0 measures no response
     pbo_tolerance: float = 0.05  # relative gradient above which an objective counts as not converged
     epsilon: float | None = None  # weight of the added point; None takes the largest at which responses are linear
     lissa_depth: int | None = None  # steps of the recursion; None is the number of training points

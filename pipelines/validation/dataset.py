@@ -16,7 +16,7 @@ def run(context: StageContext) -> StageResult:
     regression (bool), statistics (what was subtracted and divided by; `pipelines.validation.datasets.Split`).
     """
     validation, output = context.config.validation, context.artifact
-    found = load(validation.subject, validation.path, validation.seed)
+    found = load(validation.subject, validation.path, validation.seed, validation.limit)
     tensors = {}
     for name, part in found.parts.items():
         tensors |= {f"x_{name}": part.inputs, f"y_{name}": part.targets}

@@ -87,8 +87,8 @@ class Split:
         return self.parts["train"].inputs.shape[1]
 
 
-def load(subject: Subject, path: str | None, seed: int) -> Split:
-    """Read, split and normalise a data set.
+def load(subject: Subject, path: str | None, seed: int, limit: int | None = None) -> Split:
+    """Read, split and normalise a data set, or as many of its examples as are asked for.
 
     Raises:
         ConfigError: if there is no such file, or the subject has no data set.
@@ -97,7 +97,7 @@ def load(subject: Subject, path: str | None, seed: int) -> Split:
     kind = _kind(subject)
     data = _bytes(subject, path)
     raw = read_table(data, kind, str(path)) if isinstance(kind, Table) else read_images(data, kind, str(path))
-    parts = split(raw, seed)
+    parts = split(raw, seed, limit)
     if isinstance(kind, Table):
         return _normalised_table(parts)
     return _normalised_images(parts, kind)
@@ -238,9 +238,9 @@ def _expected(kind: Table | Images) -> str:
 # --- splits and their normalisation ---------------------------------------------------------------------------------
 
 
-def split(examples: Examples, seed: int) -> dict[str, Examples]:
-    """The parts of a data set, in an order drawn from the seed."""
-    order = torch.randperm(len(examples.inputs), generator=torch.Generator().manual_seed(1_000_003 * seed))
+def split(examples: Examples, seed: int, limit: int | None = None) -> dict[str, Examples]:
+    """The parts of a data set, in an order drawn from the seed, of which `limit` examples are taken."""
+    order = torch.randperm(len(examples.inputs), generator=torch.Generator().manual_seed(1_000_003 * seed))[:limit]
     train, valid = (round(len(order) * SHARES[name]) for name in ("train", "valid"))
     cut = {"train": order[:train], "valid": order[train : train + valid], "test": order[train + valid :]}
     return {name: Examples(examples.inputs[rows], examples.targets[rows]) for name, rows in cut.items()}

@@ -53,7 +53,8 @@ def _network_steps(config: RunConfig) -> list[Step]:
     validation = config.validation
     assert validation.path is not None
     subject, seed = validation.subject.name, validation.seed
-    data = {"subject": subject, "data": data_digest(validation.subject, validation.path), "seed": seed}
+    digest = data_digest(validation.subject, validation.path)
+    data = {"subject": subject, "data": digest, "limit": validation.limit, "seed": seed}
     steps = [
         _step("dataset", (), data, dataset.run),
         _step("training", ("dataset",), {"subject": subject, "seed": seed, "epochs": validation.epochs}, training.run),

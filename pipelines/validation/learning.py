@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from influence.gauss_newton import Examples, TensorNetwork
-from pipelines.validation.problem import parts
+from influence.supervised import micro_batches
 
 BATCH = 128  # Appendix C
 ORDER = 3  # tells the draws of a seed apart; points and measurements have 1 and 2
@@ -221,7 +221,7 @@ def _outcomes(
     training = network.model.training
     network.model.eval()
     try:
-        found = [_part(network, states, part, outcome) for part in parts(examples, EVALUATED)]
+        found = [_part(network, states, part, outcome) for part in micro_batches(examples, EVALUATED)]
     finally:
         network.model.train(training)
     return torch.cat(found, dim=1)

@@ -5,7 +5,6 @@ N training examples, P of them points whose influence is measured, Q test exampl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +44,6 @@ class Problem:
     def points(self) -> Examples:
         """The P training examples that are compared."""
         return Examples(self.train.inputs[self.points_P], self.train.targets[self.points_P])
-
-
-def parts(examples: Examples, size: int) -> Iterator[Examples]:
-    """The examples in their order, in micro-batches of at most `size`."""
-    for start in range(0, len(examples.inputs), size):
-        part = slice(start, start + size)
-        yield Examples(examples.inputs[part], examples.targets[part])
 
 
 def parameters(problem: Problem) -> int:

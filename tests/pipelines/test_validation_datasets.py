@@ -84,6 +84,13 @@ def test_another_seed_splits_otherwise_and_the_same_one_alike(tmp_path: Path):
     assert not torch.allclose(first, other)
 
 
+def test_a_limit_takes_so_many_examples_of_those_that_there_are(tmp_path: Path):
+    path = write_table(tmp_path / "concrete.csv", rows=50)
+    parts = load(Subject.concrete, path, 0, limit=20).parts
+    assert {name: len(part.inputs) for name, part in parts.items()} == {"train": 14, "valid": 4, "test": 2}
+    assert len(load(Subject.concrete, path, 0, limit=70).parts["train"].inputs) == 35
+
+
 def test_the_target_of_energy_is_the_first_of_two(tmp_path: Path):
     path = write_table(tmp_path / "energy.csv", targets=2)
     found = load(Subject.energy, path, 0)

@@ -18,6 +18,7 @@ MEASURED = {"estimates", "responses", "datamodels", "removal"}
 SOLVED = {"estimates", "datamodels", "removal"}
 RETRAINED = {"datamodels", "removal"}
 CHANGES: dict[str, tuple[Any, set[str]]] = {
+    "limit": (20, ALL),
     "seed": (1, ALL),
     "points": (7, {"estimates", "responses"}),
     "measurements": (3, MEASURED),
@@ -25,8 +26,6 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "pbo_steps": (7, {"responses"}),
     "pbo_tolerance": (0.5, {"responses"}),
     "epsilon": (0.1, {"responses"}),
-    "pbo_batch": (7, set()),
-    "pbo_learning_rate": (0.5, set()),
     "lissa_depth": (7, SOLVED),
     "lissa_batch": (7, SOLVED),
     "subsets": (7, {"datamodels"}),

@@ -46,7 +46,12 @@ function shapes(query, sequences, view) {
   return el(
     "details",
     { class: "shapes", open: view.shapes, toggle: (event) => (view.shapes = event.target.open) },
-    el("summary", {}, "Shape of the influences"),
+    // The toggle event is late: what is drawn anew right after a click would be as it was before.
+    el(
+      "summary",
+      { click: (event) => (view.shapes = !event.currentTarget.parentElement.open) },
+      "Shape of the influences",
+    ),
     el("div", { class: "figures" }, figures),
     tailText(query),
   );

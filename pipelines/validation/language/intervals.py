@@ -100,7 +100,9 @@ def _over(predicted_QS: np.ndarray, measured_QS: np.ndarray, reference_QS: np.nd
 
 
 def _slope(x_QP: np.ndarray, y_QP: np.ndarray) -> float:
-    return float(np.median((x_QP * y_QP).sum(1) / (x_QP**2).sum(1)))
+    squares_Q = (x_QP**2).sum(1)
+    sloped = squares_Q > 0  # what nothing is predicted for has no slope
+    return float(np.median((x_QP * y_QP).sum(1)[sloped] / squares_Q[sloped])) if sloped.any() else np.nan
 
 
 def _pooled(x_QP: np.ndarray, y_QP: np.ndarray) -> float:
