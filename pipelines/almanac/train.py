@@ -74,7 +74,10 @@ def train(world: World, spec: TrainSpec, folder: Path) -> Training:
         What training reached. An accuracy below `spec.accuracy` is logged as a warning, not raised.
     """
     texts = [document.text for document in world.documents]
-    return train_on(texts, world.queries, train_tokenizer(texts), spec, folder)
+    found = train_on(texts, world.queries, train_tokenizer(texts), spec, folder)
+    if found.accuracy < spec.accuracy:
+        logger.warning("only %.0f%% of the queries are completed after training", 100 * found.accuracy)
+    return found
 
 
 def train_on(
@@ -172,7 +175,6 @@ def _fit(
         logger.info("epoch %d, loss %.3f a token, %.0f%% of the queries completed", epoch, loss, 100 * accuracy)
         if epoch >= spec.epochs and accuracy >= spec.accuracy:
             return loss, accuracy, epoch
-    logger.warning("only %.0f%% of the queries are completed after training", 100 * accuracy)
     return loss, accuracy, spec.most_epochs
 
 

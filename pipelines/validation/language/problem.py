@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from actors.factors import fit_solver, load_selection, read_token_factors
 from actors.model import load_model
@@ -91,6 +92,7 @@ def load_problem(config: RunConfig, fitted: Mapping[str, Artifact]) -> LanguageP
         config: of the trace; `factors.damping_factor` decides λ.
         fitted: artifacts of the steps `FITTED`, by name.
     """
+    disable_progress_bar()  # those of files would garble the driver's log: this runs in tasks
     selection = load_selection(fitted["layers"])
     sequences = StoredSequences(fitted["sequences"])
     factors = {name: fitted[name] for name in ("eigenbasis", "correction")}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils.logging import disable_progress_bar
 
 from actors.model import load_model
 from actors.queries import read_queries
@@ -42,6 +43,7 @@ def retrain(config: RunConfig, kept: Sequence[int], seed: int, output: Artifact,
         output: where to write.
         name: of the file, without its ending.
     """
+    disable_progress_bar()  # those of files would garble the driver's log
     begun, specs = time.perf_counter(), specs_of(config)
     world = generate(specs.world)
     texts = [document.text for document in world.documents]
