@@ -82,7 +82,7 @@ function toolbar(query, sequences, view) {
   const search = el("input", {
     type: "search",
     id: "search",
-    placeholder: "Search texts and documents",
+    placeholder: "Search texts, ids",
     value: view.search,
     "aria-label": "Search text and documents",
     input: () => {
