@@ -127,7 +127,7 @@ def _all_rows(
     gradients: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     for part in micro_batches(examples, batch):
         with torch.no_grad():
-            modes_BCC = _modes(network.loss, network.outputs(part), part.targets) / len(examples.inputs) ** 0.5
+            modes_BCC = modes_of(network.loss, network.outputs(part), part.targets) / len(examples.inputs) ** 0.5
         found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         for mode in range(modes_BCC.shape[1]):
 
@@ -144,7 +144,7 @@ def _all_rows(
     return {k: torch.cat(v) for k, v in inputs.items()}, {k: torch.cat(v) for k, v in gradients.items()}
 
 
-def _modes(loss: OutputLoss, outputs_BC: Tensor, targets: Tensor) -> Tensor:
+def modes_of(loss: OutputLoss, outputs_BC: Tensor, targets: Tensor) -> Tensor:
     """√h_c e_c of each example, [B, C, C]: a mode a row."""
     count, size = outputs_BC.shape
     unit = torch.eye(size, dtype=outputs_BC.dtype, device=outputs_BC.device)

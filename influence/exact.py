@@ -2,14 +2,18 @@
 
 N examples, C outputs, P parameters of all tracked layers. G has rank N·C at most, so that by the Woodbury identity a
 system of N·C unknowns does where that is a few thousand (`influence.dominant`, with all rows). Where it is more,
-conjugate gradients are run to a residual, preconditioned by the inverse of the largest rows. Convolutions, whose rows
-are sums over places and take P numbers each, have a low-rank preconditioner instead (`influence.nystrom`).
+conjugate gradients are run to a residual, preconditioned by the inverse of the largest rows. The rows of convolutions
+are sums over places and take P numbers each (`influence.formed`), so that memory says how many of them there are.
+
+Why not EK-FAC as a preconditioner. A network with more parameters than it has outputs over the whole sample has a G of
+low rank, and λ lies far below its largest eigenvalues. EK-FAC spreads curvature over directions that have none. That is
+near enough to rank points, but it tears apart the eigenvalues that lie together at λ, and the last digits take
+thousands of iterations.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +22,9 @@ from torch import Tensor
 
 from influence.conjugate_gradients import Product, conjugate_gradients, inner
 from influence.dominant import Dominant
+from influence.formed import BYTES, Formed
 from influence.gauss_newton import Examples, GaussNewton, TensorNetwork, Vectors
 from influence.layers import TrackedLayer
-from influence.nystrom import nystrom
 from influence.supervised import micro_batches, places
 
 KERNEL = "kernel"
@@ -28,7 +32,7 @@ ITERATIVE = "conjugate gradients"
 LARGEST_KERNEL = 8_000  # rows; 512 MB in float64
 ITERATIONS = 2_000
 TOLERANCE = 1e-6
-RANK = 256  # of a low-rank preconditioner
+EXAMPLES = 64  # a micro-batch whose rows are formed
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class ExactSolution:
         vectors: by layer, [K, O, I].
         way: `KERNEL` or `ITERATIVE`.
         rows: N·C.
-        products: Gauss-Newton products of the K vectors, those behind a low-rank preconditioner in proportion.
+        products: Gauss-Newton products of the K vectors.
         iterations: of conjugate gradients.
         residual_K: ‖V − (G + λ) X‖ / ‖V‖ of the result, by a product of its own; 0 for V = 0.
         bytes: of the preconditioner, and of the vectors that the iteration holds.
@@ -63,7 +67,7 @@ def solve_exactly(
     batch: int = 256,
     largest_kernel: int = LARGEST_KERNEL,
     tolerance: float = TOLERANCE,
-    rank: int = RANK,
+    most: int = BYTES,
 ) -> ExactSolution:
     """Solve (G + λ) X = V.
 
@@ -76,7 +80,7 @@ def solve_exactly(
         batch: examples a micro-batch.
         largest_kernel: rows N·C up to which the solution is direct, and else of the preconditioner.
         tolerance: relative residual at which conjugate gradients stop.
-        rank: of the preconditioner of convolutions.
+        most: bytes of the rows of convolutions; if all of them take no more, the solution is direct.
     """
     network, examples = in_double(network, examples)
     right = {name: value.double() for name, value in vectors.items()}
@@ -86,20 +90,19 @@ def solve_exactly(
         return newton(micro_batches(examples, batch), given)
 
     if any(seen > 1 for seen in places(network, layers, examples).values()):
-        low_rank = nystrom(product, right, damping, rank)
-        found = conjugate_gradients(product, right, damping, low_rank, ITERATIONS, tolerance)
-        tried, held = math.ceil(low_rank.products / len(found.products_K)), low_rank.rows_RP.nbytes
+        formed = Formed.fit(network, layers, examples, damping, most, min(batch, EXAMPLES))
+        inverse, whole, held = formed, formed.whole, formed.bytes
     else:
         dominant = Dominant.fit(network, layers, examples, damping, largest_kernel, batch)
-        tried, held = 0, dominant.cholesky_RR.nbytes
-        if rows <= largest_kernel:
-            solution = dominant(right)
-            return ExactSolution(solution, KERNEL, rows, 0, 0, residual(product, solution, right, damping), held)
-        found = conjugate_gradients(product, right, damping, dominant, ITERATIONS, tolerance)
+        inverse, whole, held = dominant, rows <= largest_kernel, dominant.cholesky_RR.nbytes
+    if whole:
+        solution = inverse(right)
+        return ExactSolution(solution, KERNEL, rows, 0, 0, residual(product, solution, right, damping), held)
+    found = conjugate_gradients(product, right, damping, inverse, ITERATIONS, tolerance)
     iterations = int(found.products_K.max())
     rest_K = residual(product, found.vectors, right, damping)
     held += 5 * sum(value.nbytes for value in right.values())
-    return ExactSolution(found.vectors, ITERATIVE, rows, tried + iterations, iterations, rest_K, held)
+    return ExactSolution(found.vectors, ITERATIVE, rows, iterations, iterations, rest_K, held)
 
 
 def in_double(network: TensorNetwork, examples: Examples) -> tuple[TensorNetwork, Examples]:

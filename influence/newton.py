@@ -16,17 +16,16 @@ where the response mostly lies, for last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from influence.conjugate_gradients import Recursion, advance, conjugate, inner, precondition
+from influence.conjugate_gradients import Recursion, advance, conjugate, inner
 from influence.gauss_newton import GaussNewton, Vectors
 from influence.proximal import Proximal
-from influence.solvers import SolverState
 
 M = TypeVar("M")
 
@@ -66,11 +65,6 @@ class Optimum:
     errors_S: Tensor
     steps_S: Tensor
     products_S: Tensor
-
-
-def by_layer(states: Mapping[str, SolverState]) -> Precondition:
-    """M⁻¹ of a fitted solver, layer by layer."""
-    return lambda vectors: {name: precondition(states.get(name), value) for name, value in vectors.items()}
 
 
 def minimise(

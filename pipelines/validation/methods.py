@@ -21,7 +21,6 @@ from actors.reduction import block_squares
 from influence.conjugate_gradients import conjugate_gradients
 from influence.exact import solve_exactly
 from influence.gauss_newton import Vectors
-from influence.nystrom import WIDTH
 from influence.score_agreement import finite
 from influence.supervised import example_scores, fit, sampled_targets
 from pipelines.validation.setting import Apply, Setting, Solved, applied, count_of, measurement_gradients, micro_batch
@@ -78,7 +77,7 @@ def _exact(setting: Setting) -> Apply:
     problem = setting.problem
 
     def solve(vectors: Vectors) -> Solved:
-        batch = micro_batch(problem, 2 * max(WIDTH, count_of(vectors)))  # of numbers twice as long
+        batch = micro_batch(problem, 2 * count_of(vectors))  # of numbers twice as long
         found = solve_exactly(problem.network, problem.layers, problem.train, vectors, setting.damping, batch)
         notes = {"way": found.way, "rows": found.rows, "iterations": found.iterations}
         examples = found.products * problem.size

@@ -13,15 +13,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.store import Artifact
 from conf.schema import RunConfig, ValidationConfig
 from influence.dominant import ROWS, Dominant
+from influence.formed import Formed
 from influence.gauss_newton import Examples, Network
-from influence.newton import Descent, Optimum, Precondition, by_layer, minimise
+from influence.newton import Descent, Optimum, Precondition, minimise
 from influence.proximal import Proximal, measured
 from influence.score_agreement import correlations, finite
+from influence.supervised import places
 from pipelines.steps import StageContext, StageResult
 from pipelines.validation.curvature import setting_of
 from pipelines.validation.dataset import RECORD as DATASET
@@ -44,7 +46,7 @@ def run(context: StageContext) -> StageResult:
     """Write `responses.safetensors` {response_QP, early_QP, errors_P} and `responses.json`.
 
     Reads validation.subject, seed, points, measurements, pbo_steps, pbo_tolerance and epsilon, and the steps `dataset`,
-    `training` and `curvature` (the damping, and for convolutions EK-FAC as a preconditioner).
+    `training` and `curvature` (the damping).
 
     `responses.json`: `points` P, `measurements` Q, `numbers` [P] of the points and `tests` [Q] of the measurements
     among the training and test examples; `optimiser`, in words; `steps` of Gauss-Newton at most, `batch` (N: all
@@ -54,7 +56,7 @@ def run(context: StageContext) -> StageResult:
     [P] relative gradients at the end in the norm of the inverse curvature (`influence.proximal`), `bound`: whether they
     bound the relative errors, `converged`: how many are within the tolerance, `halfway`: correlation, its mean over
     measurements, of responses after the first step with those at the end, `steps` and `products` [P] of each};
-    `rows`, `trace_share` of the preconditioner or None; `seconds` of all tasks together.
+    `rows`, `trace_share` of the preconditioner; `seconds` of all tasks together.
     """
     output, config = context.artifact, context.config
     names = ("dataset", "training", "curvature")
@@ -126,9 +128,10 @@ class _Work:
         batches = [_rows(self.problem.train, rows) for rows in torch.arange(self.problem.size).split(size)]
         self.proximal = Proximal(*given, setting.damping, batches)
         self.descent = descent_of(config.validation)
-        self.rows, self.trace_share = None, None
-        if any(isinstance(module, nn.Conv2d) for module in self.problem.network.model.modules()):
-            self.inverse: Precondition = by_layer(setting.states("ekfac"))
+        if max(places(*given, self.problem.train).values()) > 1:
+            formed = Formed.fit(*given, self.problem.train, setting.damping)
+            self.inverse: Precondition = formed
+            self.rows, self.trace_share = len(formed.cholesky_RR), formed.trace_share
             return
         dominant = Dominant.fit(*given, self.problem.train, setting.damping, ROWS)
         self.inverse, self.rows, self.trace_share = dominant, len(dominant.owner_R), dominant.trace_share
@@ -224,7 +227,7 @@ def _convergence(
     return {
         "tolerance": validation.pbo_tolerance,
         "gradients": list(errors),
-        "bound": records[0]["rows"] is not None,
+        "bound": True,
         "converged": sum(error <= validation.pbo_tolerance for error in errors),
         "halfway": finite(float(correlations(early_QP, response_QP).nanmean())),
         "steps": [steps for record in records for steps in record["steps"]],

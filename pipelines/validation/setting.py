@@ -19,7 +19,7 @@ from influence.supervised import example_gradients, example_scores, fit, micro_b
 from pipelines.validation.problem import Problem
 
 MEMORY = 1 << 29  # bytes that the rows of a micro-batch may take
-LARGEST_EXACT = 10**11  # multiply-adds of a forward pass of all training examples, times measurements
+LARGEST_EXACT = 2 * 10**11  # multiply-adds of a forward pass of all training examples, times measurements
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def warm_up(problem: Problem) -> None:
 def too_large(name: str, problem: Problem) -> str | None:
     """Why a method is not run on this network; None if it is.
 
-    The exact solution takes some hundreds of products, each some six times a forward pass for each vector.
+    The exact solution takes tens of products, each some six times a forward pass for each vector.
     """
     if name != "exact":
         return None

@@ -9,16 +9,24 @@ import torch
 from torch import Tensor
 
 from influence.batch import DUMMY, Batch
+from influence.conjugate_gradients import precondition
 from influence.gauss_newton import Examples, LanguageNetwork, Network, Vectors
 from influence.layers import select_layers
-from influence.newton import Descent, by_layer, minimise
+from influence.newton import Descent, Precondition, minimise
 from influence.proximal import Proximal, measured, moved
 from influence.solvers import SolverState
 from tests.networks import Plain, convolutional, mlp
 
 DAMPING = 0.05
-UNCONDITIONED = by_layer({})
 NETWORKS = {"mlp": mlp, "convolutional": convolutional}
+
+
+def by_layer(states: dict[str, SolverState]) -> Precondition:
+    """M⁻¹ of a fitted solver, layer by layer; the identity where there is none."""
+    return lambda vectors: {name: precondition(states.get(name), value) for name, value in vectors.items()}
+
+
+UNCONDITIONED = by_layer({})
 
 
 def damping(plain: Plain, least: float = DAMPING) -> dict[str, float]:
