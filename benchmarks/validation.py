@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.probes import write_section
+from conf.keys import validation_paths
+from conf.load import compose_config
+from conf.schema import plain
 from pipelines import validate
 from pipelines.plots import save
 from pipelines.validation.presentation.figures import figures, labels
@@ -81,7 +84,7 @@ def provenance(documents: Sequence[Document]) -> str:
         memory = f"{machine['memory_bytes'] / 1e9:.0f} GB"
         gpus = ", ".join(machine["gpus"]) or "no GPU"
         total = seconds(sum(stage["seconds"] for stage in document["stages"].values()))
-        command = f"`whence validate experiment={_experiment(document)}`"
+        command = f"`{' '.join(['whence validate', f'experiment={_experiment(document)}', *changes(document)])}`"
         place = f"{machine['processor']}, {machine['cores']} cores, {memory}, {gpus}"
         lines.append(f"| {label} | {command} | {document['date']} | {place} | {total} |")
     versions = documents[0]["versions"]
@@ -92,6 +95,17 @@ def provenance(documents: Sequence[Document]) -> str:
 def _experiment(document: Document) -> str:
     name = str(document["name"]).removeprefix("validate_")
     return "stories" if document["subject"] == "language" else name
+
+
+def changes(document: Document) -> list[str]:
+    """Overrides of the groups validation and factors with which the experiment becomes what was run."""
+    usual: Any = plain(compose_config([f"experiment={_experiment(document)}"], needs=validation_paths))
+    return [
+        f"{group}.{key}={'null' if value is None else value}"
+        for group in ("validation", "factors")
+        for key, value in document["config"][group].items()
+        if key != "path" and key in usual[group] and value != usual[group][key]
+    ]
 
 
 def _together(section: Section, plots: Mapping[str, str]) -> str:
