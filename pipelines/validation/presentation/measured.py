@@ -11,6 +11,15 @@ from pipelines.validation.presentation.wording import BLOCKS, method, ordered, p
 SLOPE = 0.1  # by which a slope may miss 1 before it is pointed out
 LISTED = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 40, 50)  # iterations that a table has; the plot has all
 MOVING = 0.1  # relative change of LiSSA's last step above which it has not converged
+NOTES = {
+    "iterations": "iterations",
+    "rows": "rows",
+    "depth": "steps",
+    "batch": "examples a step",
+    "scale": "scale",
+    "attempts": "attempts at the scale",
+    "change": "last change",
+}
 
 
 # --- the response -----------------------------------------------------------------------------------------------------
@@ -150,8 +159,11 @@ def cost(document: Document) -> Section | None:
 
 
 def _notes(notes: Mapping[str, Any]) -> str:
-    shown = [f"{key} {value:.4g}" for key, value in notes.items() if isinstance(value, (int, float))]
-    shown += [f"{key} {value}" for key, value in notes.items() if isinstance(value, str)]
+    shown = [notes["way"]] if "way" in notes else []
+    for key, words in NOTES.items():
+        value = notes.get(key)
+        if value is not None:
+            shown.append(f"{value:,} {words}" if isinstance(value, int) else f"{words} {value:.2g}")
     return ", ".join(shown)
 
 
