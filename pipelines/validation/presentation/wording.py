@@ -17,6 +17,7 @@ METHODS = {
     "exact": "exact Gauss-Newton",
     "bm25": "BM25",
     "bm25_ekfac": "BM25 → EK-FAC",
+    "bm25_ekfac_cg": "BM25 → EK-FAC + CG",
     "random": "random order",
     "response": "linear response",
     "pbo": "objective of Equation 7",

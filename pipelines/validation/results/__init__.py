@@ -8,7 +8,7 @@
 `validation.json` holds `name`, `subject`, `config`, `versions`, `hardware`, `date`, `seconds`, `stages`, `artifacts`,
 and `studies`, each there only where it was done. S is a statistic: `mean`, `interval` ([low, high], 95 %, or
 null) and `values` (of single measurements or queries, may be empty); S? may be null. METHOD is `identity`, `kfac`,
-`ekfac`, `lissa`, `ekfac_cg`, `exact`, `ekfac_blocks_2` ..., `bm25`, `bm25_ekfac` or `random`.
+`ekfac`, `lissa`, `ekfac_cg`, `exact`, `ekfac_blocks_2` ..., `bm25`, `bm25_ekfac`, `bm25_ekfac_cg` or `random`.
 
 - `model`: `kind` (network, language or facts), `facts`: pairs of a name and a value for people, `warnings`.
 - `agreement`: with the measured response of the proximal Bregman objective (Equation 7): `points`, `measurements`,
