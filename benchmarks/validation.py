@@ -85,7 +85,8 @@ def provenance(documents: Sequence[Document]) -> str:
         gpus = ", ".join(machine["gpus"]) or "no GPU"
         total = seconds(sum(stage["seconds"] for stage in document["stages"].values()))
         command = f"`{' '.join(['whence validate', f'experiment={_experiment(document)}', *changes(document)])}`"
-        place = f"{machine['processor']}, {machine['cores']} cores, {memory}, {gpus}"
+        cores = "one core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+        place = f"{machine['processor']}, {cores}, {memory}, {gpus}"
         lines.append(f"| {label} | {command} | {document['date']} | {place} | {total} |")
     versions = documents[0]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "ray") if name in versions)
