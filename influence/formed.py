@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence.capture import Use, homogeneous
 from influence.dominant import modes_of
 from influence.gauss_newton import Examples, TensorNetwork, Vectors
 from influence.layers import TrackedLayer
-from influence.supervised import backward, micro_batches
+from influence.supervised import micro_batches, pulled_back
 
 BYTES = 1 << 31  # that the rows may take
 
@@ -65,7 +64,8 @@ class Formed:
         ]
         scores_M = torch.cat(sizes)  # type: ignore[arg-type]
         number = sum(layer.parameters for layer in layers) * scores_M.element_size()
-        count = max(1, min(int((scores_M > 0).sum()), most // number))
+        nonzero = int((scores_M > 0).sum())
+        count = max(1, min(nonzero, most // number))
         chosen_R = scores_M.topk(count).indices.sort().values
         parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         start = 0
@@ -79,8 +79,7 @@ class Formed:
         for name, rows in held.items():
             kernel_RR.addmm_(rows.flatten(1), rows.flatten(1).T, alpha=1 / damping[name])
         share = float(scores_M[chosen_R].sum() / scores_M.sum())
-        whole = count == int((scores_M > 0).sum())
-        return Formed(dict(damping), held, torch.linalg.cholesky(kernel_RR), share, whole)
+        return Formed(dict(damping), held, torch.linalg.cholesky(kernel_RR), share, count == nonzero)
 
     def __call__(self, vectors: Vectors) -> Vectors:
         """M⁻¹ V."""
@@ -98,20 +97,10 @@ class Formed:
         return self.cholesky_RR.nbytes + sum(rows.nbytes for rows in self.rows.values())
 
 
-def _rows(
-    network: TensorNetwork, layers: Sequence[TrackedLayer], examples: Examples, batch: int
-) -> Iterator[dict[str, Tensor]]:
+def _rows(network: TensorNetwork, layers: Sequence[TrackedLayer], examples: Examples, batch: int) -> Iterator[Vectors]:
     """ũ of a mode of a micro-batch of examples, [B, O, I] by layer; mode after mode, then the next micro-batch."""
-    like = next(network.model.parameters())
     for part in micro_batches(examples, batch):
         with torch.no_grad():
             modes_BCC = modes_of(network.loss, network.outputs(part), part.targets) / len(examples.inputs) ** 0.5
-        for mode in range(modes_BCC.shape[1]):
-            found = {layer.name: like.new_zeros(len(part.inputs), layer.outputs, layer.columns) for layer in layers}
-
-            def consume(layer: TrackedLayer, uses: Sequence[Use], into: dict[str, Tensor] = found) -> None:
-                for use in uses:
-                    into[layer.name] += use.grad_BTO.transpose(1, 2) @ homogeneous(use.act_BTI, layer.bias)
-
-            backward(network, layers, part.inputs, lambda _, row=modes_BCC[:, mode]: row, consume)
-            yield found
+        for row_BC in modes_BCC.unbind(1):
+            yield pulled_back(network, layers, part.inputs, lambda _, row=row_BC: row)

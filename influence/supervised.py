@@ -89,14 +89,21 @@ def backward(
 
 def example_gradients(network: TensorNetwork, layers: Sequence[TrackedLayer], examples: Examples) -> Vectors:
     """∇L of each example, [B, O, I] by layer; zero in layers that the outputs do not depend on."""
+    return pulled_back(network, layers, examples.inputs, _loss_gradient(network.loss, examples.targets))
+
+
+def pulled_back(
+    network: TensorNetwork, layers: Sequence[TrackedLayer], inputs: Tensor, cotangent: Callable[[Tensor], Tensor]
+) -> Vectors:
+    """What `backward` takes each example's cotangent to, [B, O, I] by layer: Jᵀ of the example times it."""
     like = next(network.model.parameters())
-    found = {layer.name: like.new_zeros(len(examples.inputs), layer.outputs, layer.columns) for layer in layers}
+    found = {layer.name: like.new_zeros(len(inputs), layer.outputs, layer.columns) for layer in layers}
 
     def consume(layer: TrackedLayer, uses: Sequence[Use]) -> None:
         for use in uses:
             found[layer.name] += use.grad_BTO.transpose(1, 2) @ homogeneous(use.act_BTI, layer.bias)
 
-    backward(network, layers, examples.inputs, _loss_gradient(network.loss, examples.targets), consume)
+    backward(network, layers, inputs, cotangent, consume)
     return found
 
 

@@ -5,6 +5,7 @@ B examples, C outputs, P parameters of all tracked layers: vec of each layer's [
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,21 @@ class Plain:
     def flat(self, vectors: Vectors) -> Tensor:
         """[K, P]."""
         return torch.cat([vectors[layer.name].flatten(1) for layer in self.layers], dim=1)
+
+    def matrix(self, function: Callable[[Vectors], Vectors]) -> Tensor:
+        """A linear function of vectors written out, [P, P]."""
+        sizes = [layer.parameters for layer in self.layers]
+        parts = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, dim=1)
+        unit = {
+            layer.name: part.unflatten(1, (layer.outputs, layer.columns))
+            for layer, part in zip(self.layers, parts, strict=True)
+        }
+        return self.flat(function(unit))
+
+    @property
+    def increasing(self) -> dict[str, float]:
+        """λ by layer, another one for each."""
+        return {layer.name: 0.05 * (1 + number) for number, layer in enumerate(self.layers)}
 
     def jacobian(self) -> Tensor:
         """[B, C, P], by autograd of the parameters themselves."""

@@ -129,12 +129,11 @@ class _Work:
         self.proximal = Proximal(*given, setting.damping, batches)
         self.descent = descent_of(config.validation)
         if max(places(*given, self.problem.train).values()) > 1:
-            formed = Formed.fit(*given, self.problem.train, setting.damping)
-            self.inverse: Precondition = formed
-            self.rows, self.trace_share = len(formed.cholesky_RR), formed.trace_share
-            return
-        dominant = Dominant.fit(*given, self.problem.train, setting.damping, ROWS)
-        self.inverse, self.rows, self.trace_share = dominant, len(dominant.owner_R), dominant.trace_share
+            inverse = Formed.fit(*given, self.problem.train, setting.damping)
+        else:
+            inverse = Dominant.fit(*given, self.problem.train, setting.damping, ROWS)
+        self.inverse: Precondition = inverse
+        self.rows, self.trace_share = len(inverse.cholesky_RR), inverse.trace_share
 
     def point(self, place: int) -> Examples:
         return _rows(self.problem.points, torch.tensor([place]))
