@@ -99,12 +99,14 @@ def _experiment(document: Document) -> str:
 
 
 def changes(document: Document) -> list[str]:
-    """Overrides of the groups validation and factors with which the experiment becomes what was run."""
+    """Overrides with which the experiment becomes what was run: of `corpus.limit`, of validation and of factors."""
     usual: Any = plain(compose_config([f"experiment={_experiment(document)}"], needs=validation_paths))
+    ran = document["config"]
+    settings = {"corpus": {"limit": ran["corpus"]["limit"]}, "validation": ran["validation"], "factors": ran["factors"]}
     return [
         f"{group}.{key}={'null' if value is None else value}"
-        for group in ("validation", "factors")
-        for key, value in document["config"][group].items()
+        for group, values in settings.items()
+        for key, value in values.items()
         if key != "path" and key in usual[group] and value != usual[group][key]
     ]
 

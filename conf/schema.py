@@ -312,6 +312,7 @@ class ValidationConfig:
     pbo_steps: int = 12  # Gauss-Newton steps at most for each proximal Bregman objective; 0 measures no response
     pbo_tolerance: float = 0.05  # relative gradient above which an objective counts as not converged
     epsilon: float | None = None  # weight of the added point; None takes the largest at which responses are linear
+    label_draws: int = 1  # labels that EK-FAC samples for a training example; more for classifiers that know theirs
     lissa_depth: int | None = None  # steps of the recursion; None is the number of training points
     lissa_batch: int = 32  # training points a step of the recursion
     subsets: int = 0  # random halves that models are trained on, for the linear datamodeling score; 0 for none

@@ -137,6 +137,7 @@ LIMITS: Mapping[str, Limit] = {
     "validation.pbo_tolerance": above(0),
     "validation.epsilon": above(0),
     "validation.lissa_depth": at_least(1),
+    "validation.label_draws": at_least(1),
     "validation.lissa_batch": at_least(1),
     "validation.subsets": at_least(0),
     "validation.retrainings": at_least(1),

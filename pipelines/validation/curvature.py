@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actors.factors import basis_tensors, layer_file, numbered
 from actors.store import Artifact
-from conf.schema import RunConfig
+from conf.schema import RunConfig, ValidationConfig
 from influence.eigenbasis import BlockBasis
 from influence.layers import TrackedLayer
 from influence.solvers import SOLVERS, LayerCurvature
@@ -43,8 +43,8 @@ class Fitted:
 def run(context: StageContext) -> StageResult:
     """Write `layers/<layer>.safetensors` (bases and Λ), `damping.json` {layer: λ} and `curvature.json`.
 
-    Reads validation.subject, validation.seed (of sampled targets) and factors.damping_factor, and the steps `dataset`
-    and `training`.
+    Reads validation.subject, validation.seed and validation.label_draws (of sampled targets), and
+    factors.damping_factor, and the steps `dataset` and `training`.
 
     `curvature.json`: `examples` N, `draws` of targets for each, `batch` (examples a micro-batch), `threads`; `seconds`
     and `cpu_seconds` of `labels`, `covariance`, `eigenbasis`, `correction` and in `total`; `layers`: by name, `inputs`
@@ -64,21 +64,22 @@ def fit_and_write(output: Artifact, dataset: Artifact, training: Artifact, confi
     problem = load_problem_from(dataset, training, config.validation)
     warm_up(problem)
     watch, batch = Stopwatch(), micro_batch(problem, 1)
-    curvature = fitted(problem, config.validation.seed, batch, watch)
+    curvature = fitted(problem, config.validation, batch, watch)
     damping = damping_of(curvature, config.factors.damping_factor)
     for name, found in curvature.items():
         output.write_tensors(layer_file(name), curvature_tensors(found))
     output.write_json(DAMPING, damping)
-    record = {"examples": problem.size, "draws": 1, "batch": batch, "threads": torch.get_num_threads()}
+    draws = config.validation.label_draws
+    record = {"examples": problem.size, "draws": draws, "batch": batch, "threads": torch.get_num_threads()}
     layers = {layer.name: _describe(layer, curvature[layer.name], damping[layer.name]) for layer in problem.layers}
     output.write_json(RECORD, record | watch.as_json() | {"layers": layers})
 
 
-def fitted(problem: Problem, seed: int, batch: int, watch: Stopwatch) -> dict[str, LayerCurvature]:
-    """EK-FAC on all training examples, one draw of targets for each; timed."""
+def fitted(problem: Problem, validation: ValidationConfig, batch: int, watch: Stopwatch) -> dict[str, LayerCurvature]:
+    """EK-FAC on all training examples, with some draws of targets for each; timed."""
     given = (problem.network, problem.layers, problem.train)
     with watch.phase("labels"):
-        targets = sampled_targets(problem.network, problem.train, seed, batch=batch)
+        targets = sampled_targets(problem.network, problem.train, validation.seed, validation.label_draws, batch)
     with watch.phase("covariance"):
         covariance = fit_covariance(*given, targets, batch=batch)
     with watch.phase("eigenbasis"):

@@ -90,6 +90,7 @@ def _curvature(config: RunConfig) -> dict[str, Any]:
     return {
         "subject": config.validation.subject.name,
         "seed": config.validation.seed,
+        "label_draws": config.validation.label_draws,
         "damping_factor": config.factors.damping_factor,
     }
 

@@ -99,9 +99,9 @@ def _blocks(blocks: int) -> Callable[[Setting], Apply]:
     """EK-FAC with block-diagonal factors, fitted here (Appendix A)."""
 
     def prepare(setting: Setting) -> Apply:
-        problem = setting.problem
+        problem, options = setting.problem, setting.options
         batch = micro_batch(problem, 1)
-        targets = sampled_targets(problem.network, problem.train, setting.options.seed, batch=batch)
+        targets = sampled_targets(problem.network, problem.train, options.seed, options.label_draws, batch)
         curvature = fit(problem.network, problem.layers, problem.train, targets, blocks, batch)
         return applied(setting.states("ekfac", curvature))
 

@@ -28,12 +28,14 @@ class Options:
 
     Attributes:
         seed: of sampled targets and of mini-batches.
+        label_draws: sampled targets of an example.
         cg_iterations: of conjugate gradients from EK-FAC.
         lissa_depth: steps of LiSSA's recursion.
         lissa_batch: training examples a step.
     """
 
     seed: int
+    label_draws: int
     cg_iterations: int
     lissa_depth: int
     lissa_batch: int
@@ -47,11 +49,17 @@ class Options:
     def of(config: RunConfig, size: int) -> Options:
         """Those of a config, for N training examples.
 
-        They are `validation.seed`, `factors.cg_iterations`, `validation.lissa_depth` and `validation.lissa_batch`.
+        They are `validation.seed`, `.label_draws`, `.lissa_depth` and `.lissa_batch`, and `factors.cg_iterations`.
         """
         validation = config.validation
         depth = validation.lissa_depth or size
-        return Options(validation.seed, config.factors.cg_iterations, depth, min(validation.lissa_batch, size))
+        return Options(
+            seed=validation.seed,
+            label_draws=validation.label_draws,
+            cg_iterations=config.factors.cg_iterations,
+            lissa_depth=depth,
+            lissa_batch=min(validation.lissa_batch, size),
+        )
 
 
 @dataclass(frozen=True)

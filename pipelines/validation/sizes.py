@@ -33,21 +33,28 @@ def fit_size(
     """Scores of two fits on disjoint samples of a size. A Ray task."""
     del curvature
     problem = load_problem_from(dataset, training, config.validation)
-    vectors, seed = measurement_gradients(problem), config.validation.seed
-    samples = disjoint(size, problem.size, seed)
-    found = [scores_of(problem, rows, vectors, seed, config.factors.damping_factor) for rows in samples]
+    vectors, validation = measurement_gradients(problem), config.validation
+    batch = micro_batch(problem, 1)
+    targets_DN = sampled_targets(problem.network, problem.train, validation.seed, validation.label_draws, batch)
+    samples = disjoint(size, problem.size, validation.seed)
+    damping = config.factors.damping_factor
+    found = [scores_of(problem, rows, targets_DN[:, rows], vectors, damping) for rows in samples]
     output.write_tensors(size_file(size), dict(zip(HALVES, found, strict=True)))
 
 
-def scores_of(problem: Problem, rows: Tensor, vectors: Vectors, seed: int, damping_factor: float) -> Tensor:
+def scores_of(problem: Problem, rows: Tensor, targets_DN: Tensor, vectors: Vectors, damping_factor: float) -> Tensor:
     """Scores by EK-FAC that was fitted on some of the training examples, [Q, P] in float64.
 
-    An example has the same sampled target in each sample.
+    Args:
+        problem: what is scored.
+        rows: numbers of N of its training examples.
+        targets_DN: D sampled targets of each of them; an example has the same in every sample that it is in.
+        vectors: ∇f of the measurements.
+        damping_factor: λ over mean(Λ).
     """
     batch = micro_batch(problem, 1)
-    targets = sampled_targets(problem.network, problem.train, seed, batch=batch)[:, rows]
     sample = Examples(problem.train.inputs[rows], problem.train.targets[rows])
-    curvature = fit(problem.network, problem.layers, sample, targets, batch=batch)
+    curvature = fit(problem.network, problem.layers, sample, targets_DN, batch=batch)
     states = {name: SOLVERS["ekfac"].fit(layer, damping_factor) for name, layer in curvature.items()}
     solved = applied(states)(vectors).vectors
     return example_scores(problem.network, problem.layers, problem.points, solved, batch).cpu()

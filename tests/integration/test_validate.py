@@ -166,6 +166,7 @@ def test_only_what_changed_is_computed_again(folder: Path, validated: Callable[.
     assert tuple(found.outcomes) == ("dataset", "training", "curvature", "estimates")
     assert not (found.run_dir / "pairs.parquet").exists()
     assert "agreement" not in found.document["studies"]
+    assert found.document["studies"]["solved"]["methods"]["ekfac_cg"]["pearson"]["mean"] > 0.9
 
 
 def test_a_run_that_was_cut_short_goes_on_to_the_same_results(

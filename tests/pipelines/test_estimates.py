@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.store import Artifact
 from influence.score_agreement import correlations
-from influence.solvers import SOLVERS
+from influence.solvers import SOLVERS, LayerCurvature
 from influence.supervised import fit, sampled_targets
 from pipelines.steps import StageContext
 from pipelines.validation import curvature, estimates, loading
@@ -67,6 +67,29 @@ def test_the_curvature_is_that_of_a_fit_on_all_training_examples(tmp_path: Path,
     }  # fmt: skip
 
 
+def test_more_labels_an_example_all_enter_the_mean(tmp_path: Path, inputs: dict[str, Artifact]):
+    context = staged(tmp_path, "curvature", inputs, attempt="1", label_draws=3)
+    curvature.run(context)
+    problem = loading.load_problem_from(inputs["dataset"], inputs["training"], context.config.validation)
+    each = [
+        fit(problem.network, problem.layers, problem.train, targets_N[None])["output"]
+        for targets_N in sampled_targets(problem.network, problem.train, context.config.validation.seed, draws=3)
+    ]
+    found = read_fitted(context.artifact, problem.layers).curvature["output"]
+    torch.testing.assert_close(
+        (found.correction_OI.sum(), found.gradient.values[0].sum()),  # traces, which no choice of a basis moves
+        tuple(torch.stack(one).mean() for one in zip(*map(_traces, each), strict=True)),
+        rtol=1e-9,
+        atol=0,
+    )
+    assert context.artifact.read_json("curvature.json")["draws"] == 3
+    assert len({float(one.correction_OI.sum()) for one in each}) == 3
+
+
+def _traces(found: LayerCurvature) -> tuple[Tensor, Tensor]:
+    return found.correction_OI.sum(), found.gradient.values[0].sum()
+
+
 def test_every_method_is_a_file_and_a_record(tmp_path: Path, inputs: dict[str, Artifact]):
     context = context_of(tmp_path, inputs)
     result = estimates.run(context)
@@ -117,10 +140,9 @@ def test_the_fit_of_all_examples_agrees_with_itself(tmp_path: Path, inputs: dict
     estimates.run(context)
     validation = context.config.validation
     problem = loading.load_problem_from(inputs["dataset"], inputs["training"], validation)
-    vectors = measurement_gradients(problem)
-    found = scores_of(
-        problem, torch.arange(problem.size), vectors, validation.seed, context.config.factors.damping_factor
-    )
+    vectors, damping = measurement_gradients(problem), context.config.factors.damping_factor
+    targets_DN = sampled_targets(problem.network, problem.train, validation.seed)
+    found = scores_of(problem, torch.arange(problem.size), targets_DN, vectors, damping)
     torch.testing.assert_close(found, scores(context.artifact)["ekfac"], rtol=1e-9, atol=1e-12)
 
 

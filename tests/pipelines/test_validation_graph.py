@@ -26,6 +26,7 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "pbo_steps": (7, {"responses"}),
     "pbo_tolerance": (0.5, {"responses"}),
     "epsilon": (0.1, {"responses"}),
+    "label_draws": (3, MEASURED | {"curvature"}),
     "lissa_depth": (7, SOLVED),
     "lissa_batch": (7, SOLVED),
     "subsets": (7, {"datamodels"}),

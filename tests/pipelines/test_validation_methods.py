@@ -24,7 +24,7 @@ from pipelines.validation.stochastic import mini_batches
 from tests.networks import Plain, convolutional, mlp
 
 NETWORKS = {"mlp": mlp, "mlp, squared error": lambda: mlp("squares"), "convolutions": convolutional}
-OPTIONS = Options(seed=3, cg_iterations=10, lissa_depth=15, lissa_batch=6)
+OPTIONS = Options(seed=3, label_draws=2, cg_iterations=10, lissa_depth=15, lissa_batch=6)
 TEST = 3  # examples that are measured on; the others are trained on
 
 
@@ -36,7 +36,7 @@ def case(name: str) -> tuple[Plain, Setting]:
     plain = replace(whole, examples=Examples(x[TEST:], y[TEST:]))
     points = torch.arange(0, len(x) - TEST, 2)
     problem = Problem(plain.network, plain.layers, plain.examples, points, Examples(x[:TEST], y[:TEST]))
-    targets = sampled_targets(plain.network, problem.train, OPTIONS.seed)
+    targets = sampled_targets(plain.network, problem.train, OPTIONS.seed, OPTIONS.label_draws)
     curvature = fit(plain.network, plain.layers, problem.train, targets)
     seconds = dict.fromkeys(("labels", "covariance", "eigenbasis", "correction"), 1.0)
     return plain, Setting(problem, damping_of(curvature, 0.1), curvature, seconds, seconds, OPTIONS)
@@ -107,7 +107,7 @@ def test_scores_of_direct_methods_are_those_of_dense_matrices(name: str):
 @pytest.mark.parametrize("blocks", [2, 4])
 def test_block_diagonal_factors_are_fitted_to_the_same_targets(blocks: int):
     plain, setting = case("mlp")
-    targets = sampled_targets(plain.network, setting.problem.train, OPTIONS.seed)
+    targets = sampled_targets(plain.network, setting.problem.train, OPTIONS.seed, OPTIONS.label_draws)
     curvature = fit(plain.network, plain.layers, setting.problem.train, targets, blocks)
     scores = expected(plain, setting, curvature_matrix(setting, curvature, corrected=True))
     found = estimate(f"ekfac_blocks_{blocks}", setting)

@@ -19,7 +19,7 @@ from pipelines.validation.presentation import wording
 from pipelines.validation.presentation.figures import PAIRS, figures, labels
 from pipelines.validation.presentation.folder import write_folder
 from pipelines.validation.presentation.markdown import markdown, terminal
-from pipelines.validation.presentation.sections import sections
+from pipelines.validation.presentation.sections import headline, sections
 from pipelines.validation.presentation.tables import Column, Section, flat, seconds, size, written
 from tests.pages import Markup, chromium
 from tests.pipelines.validated import (
@@ -113,6 +113,8 @@ def test_names_of_methods() -> None:
     assert (wording.blocks("ekfac"), wording.blocks("ekfac_blocks_8")) == (1, 8)
     assert wording.title("validate_concrete", "concrete") == "Concrete"
     assert wording.title("mine", "concrete") == "Concrete (mine)"
+    assert wording.title("validate_stories", "language") == "stories"
+    assert wording.title("validate", "language") == "language model"
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
@@ -144,6 +146,22 @@ def test_rows_are_those_of_the_methods() -> None:
         "EK-FAC − gradient dot product": "better",
         "K-FAC − EK-FAC": "worse",
     }
+
+
+def test_without_a_response_agreement_is_with_exact_solves(tmp_path: Path) -> None:
+    document = network_document()
+    studies = document["studies"]
+    agreed = studies.pop("agreement")
+    del studies["response"]
+    methods = {name: record for name, record in agreed["methods"].items() if name != "exact"}
+    studies |= {"solved": agreed | {"methods": methods}, "blocks": language_document()["studies"]["blocks"]}
+    by_name = {section.name: section for section in sections(document)}
+    assert list(by_name)[:2] == ["solved", "differences"]
+    assert "exact Gauss-Newton" not in [row["method"] for row in by_name["solved"].rows]
+    assert "correlations with exact solves" in by_name["differences"].about[0]
+    assert "PBRF" not in markdown(document)
+    assert headline(document)[0].startswith("Correlation with exact solves: EK-FAC + CG 0.970, ")
+    assert "solved" in [name for name, _, _ in figures([document])]
 
 
 def test_failures_are_shown_before_the_numbers() -> None:

@@ -27,6 +27,7 @@ from pipelines.validation.results import language, networks
 from pipelines.validation.results.document import studies
 from pipelines.validation.results.networks import Scored
 from pipelines.validation.results.responses import response
+from pipelines.validation.results.solved import solved
 from pipelines.validation.results.statistics import slopes, statistic
 from tests.pipelines.validated import facts_document, language_document, network_document
 
@@ -88,6 +89,22 @@ def test_agreement_with_the_response() -> None:
     assert found["differences"]["exact - ekfac"]["mean"] > 0
     assert all(record["converged"] is None for record in found["methods"].values())
     assert networks.agreement(Scored({}, None, [], [], None)) is None
+
+
+def test_without_a_response_the_exact_solution_is_the_truth() -> None:
+    given = scored()
+    found = solved(given.scores)
+    assert found is not None
+    assert (found["points"], found["measurements"], list(found["methods"])) == (30, 4, ["identity", "ekfac"])
+    ekfac = found["methods"]["ekfac"]
+    with_truth = networks.agreement(given)
+    assert with_truth is not None
+    assert ekfac["pearson"] == with_truth["methods"]["ekfac"]["exact"]
+    assert ekfac["slope"]["values"] == pytest.approx(slopes(given.scores["ekfac"], given.scores["exact"]).tolist())
+    assert found["methods"]["identity"]["slope"] is None
+    assert found["differences"]["ekfac - identity"]["mean"] > 0
+    assert solved({"ekfac": given.scores["ekfac"]}) is None
+    assert solved({"exact": given.scores["exact"]}) is None
 
 
 def test_points_that_did_not_converge_are_left_out_in_a_column_of_its_own() -> None:
@@ -305,6 +322,8 @@ def test_a_command_has_what_was_set_beside_its_experiment() -> None:
     config = compose_config(settings, needs=validation_paths)
     document = {"name": "validate_mnist", "subject": "mnist", "config": plain(config)}
     assert changes(document) == ["validation.points=7", "factors.damping_factor=0.5"]
+    document["config"]["corpus"]["limit"] = 24
+    assert changes(document)[0] == "corpus.limit=24"
 
 
 def test_the_page_of_results_is_filled(tmp_path: Path) -> None:

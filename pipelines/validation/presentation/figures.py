@@ -21,6 +21,7 @@ INTERVAL = "lines are 95 % intervals"
 PAIRS = "pairs.parquet"
 DRAWN = 20_000  # points in a panel
 PBRF = "correlation with the PBRF"
+EXACT = "correlation with exact solves"
 
 
 def figures(documents: Sequence[Document], pairs: Path | None = None) -> Iterator[Drawn]:
@@ -84,6 +85,7 @@ def _bars(documents: Sequence[Document], names: Sequence[str]) -> Iterator[Drawn
     dots = "; dots are single measurements" if len(documents) == 1 else ""
     drawn = (
         ("agreement", "agreement", "pearson", PBRF, 1.0, "Correlation with the measured response by method"),
+        ("solved", "solved", "pearson", EXACT, 1.0, "Correlation with exact solves by method"),
         ("lds", "datamodels", "lds", "linear datamodeling score", None, "Linear datamodeling score by method"),
         ("removal", "removal", "change", "change after removal", None, "Change of what was measured after removal"),
         ("tracing", "tracing", "recall", "recall", None, "Recall of what states the fact, by method"),

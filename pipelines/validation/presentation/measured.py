@@ -27,15 +27,10 @@ NOTES = {
 
 def agreement(document: Document) -> Section | None:
     """Correlations with the measured response; None where none was measured."""
-    found, costs = document["studies"].get("agreement"), document["studies"].get("cost")
+    found = document["studies"].get("agreement")
     if not found:
         return None
-    seconds = {name: record["seconds"]["total"] for name, record in (costs or {"methods": {}})["methods"].items()}
-    rows: list[Row] = [
-        {"method": method(name), **found["methods"][name], "seconds": seconds.get(name)}
-        for name in ordered(found["methods"])
-        if not BLOCKS.match(name)
-    ]
+    rows = _by_method(found, document)
     columns = [METHOD, Column("pearson", "correlation with the PBRF", "mean"), Column("spearman", "Spearman's", "mean")]
     optional = (("converged", "converged points alone"), ("slope", "slope"), ("exact", "with exact solves"))
     columns += [Column(key, title, "mean") for key, title in optional if any(row.get(key) for row in rows)]
@@ -62,6 +57,36 @@ def agreement(document: Document) -> Section | None:
     )
 
 
+def solved(document: Document) -> Section | None:
+    """Correlations with exact solves, where no response was measured."""
+    found = document["studies"].get("solved")
+    if not found:
+        return None
+    about = [
+        "No response was measured, so that what there is to compare with is what the response tends to as ε goes to 0: "
+        "scores by the exact damped Gauss-Newton matrix. Pearson’s correlation of a method’s scores with those over "
+        f"{found['points']:,} training points, for each of {found['measurements']} measurements; the mean over "
+        f"measurements. {INTERVAL} They are Student’s t over the measurements. Slope: of the line through the origin "
+        "that gives the exact from the estimated score.",
+    ]
+    columns = [METHOD, Column("pearson", "correlation with exact solves", "mean")]
+    columns += [Column("spearman", "Spearman's", "mean"), Column("slope", "slope", "mean")]
+    columns.append(Column("seconds", "time", "seconds"))
+    title = "Agreement with exact solves"
+    return Section("solved", title, about, columns, _by_method(found, document), (), ("solved",))
+
+
+def _by_method(found: Mapping[str, Any], document: Document) -> list[Row]:
+    """What is known of each method that is no variant of another, with its wall clock."""
+    costs = document["studies"].get("cost") or {"methods": {}}
+    seconds = {name: record["seconds"]["total"] for name, record in costs["methods"].items()}
+    return [
+        {"method": method(name), **found["methods"][name], "seconds": seconds.get(name)}
+        for name in ordered(found["methods"])
+        if not BLOCKS.match(name)
+    ]
+
+
 def _slope_warning(found: Mapping[str, Any]) -> list[str]:
     exact = found["methods"].get("exact")
     slope = exact and exact.get("slope") and exact["slope"]["mean"]
@@ -75,14 +100,15 @@ def _slope_warning(found: Mapping[str, Any]) -> list[str]:
 
 def differences(document: Document) -> Section | None:
     """Differences between methods, paired by measurement."""
-    found = document["studies"].get("agreement")
+    measured, exact = (document["studies"].get(name) for name in ("agreement", "solved"))
+    found, truth = measured or exact, "the PBRF" if measured else "exact solves"
     if not found or not found["differences"]:
         return None
     rows: list[Row] = []
     for name, value in found["differences"].items():
         rows.append({"pair": pair(name), "difference": value, "verdict": _verdict(value["interval"])})
     about = [
-        "Difference of two methods’ correlations with the PBRF, paired by measurement, so that what makes a "
+        f"Difference of two methods’ correlations with {truth}, paired by measurement, so that what makes a "
         f"measurement hard for both cancels. {INTERVAL}"
     ]
     columns = [Column("pair", "methods"), Column("difference", "difference", "mean"), Column("verdict", "the first is")]

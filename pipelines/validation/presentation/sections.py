@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipelines.validation.presentation.measured import agreement, cost, differences, iterations, response
+from pipelines.validation.presentation.measured import agreement, cost, differences, iterations, response, solved
 from pipelines.validation.presentation.retrained import dampings, datamodels, removal, tracing
 from pipelines.validation.presentation.settings import blocks, ranks, scale, sizes
 from pipelines.validation.presentation.tables import Document, Section, signed
@@ -14,6 +14,7 @@ from pipelines.validation.presentation.wording import BLOCKS, method
 Builder = Callable[[Document], Section | None]
 BUILDERS: Sequence[Builder] = (
     agreement,
+    solved,
     differences,
     cost,
     response,
@@ -42,6 +43,11 @@ def headline(document: Document) -> list[str]:
         lines.append(
             f"Correlation with the measured response: {best}, over {agreed['points']:,} points, "
             f"{agreed['measurements']} measurements."
+        )
+    if found := studies.get("solved"):
+        lines.append(
+            f"Correlation with exact solves: {_best(found['methods'], 'pearson')}, over {found['points']:,} points, "
+            f"{found['measurements']} measurements."
         )
     if found := studies.get("datamodels"):
         lines.append(f"Linear datamodeling score: {_best(found['methods'], 'lds')}.")

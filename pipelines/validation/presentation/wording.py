@@ -79,7 +79,9 @@ def pair(name: str) -> str:
 
 
 def title(document_name: str, subject: str) -> str:
-    """A run in a legend: its data set, and its name where that says more."""
+    """A run in a legend: its data set, and its name where that says more; of a language model its name alone."""
     known = SUBJECTS.get(subject, subject)
     plain = {f"validate_{subject}", "validate"}
+    if subject == Subject.language.name and document_name not in plain:
+        return document_name.removeprefix("validate_")
     return known if document_name in plain else f"{known} ({document_name})"

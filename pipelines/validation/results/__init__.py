@@ -1,6 +1,7 @@
 """From the artifacts of a validation to `validation.json`: every study in one shape, for networks and language alike.
 
     statistics  a mean with its interval
+    solved      what there is without a measured response
     networks    what the steps of small networks found
     language    what the steps of language models found
     document    the whole of it, with settings, versions, hardware and timings
@@ -14,6 +15,8 @@ null) and `values` (of single measurements or queries, may be empty); S? may be 
 - `agreement`: with the measured response of the proximal Bregman objective (Equation 7): `points`, `measurements`,
   `methods`: METHOD: {`pearson`: S, `spearman`: S, `slope`: S?, `exact`: S?, the correlation with exact solves,
   `converged`: S?, Pearson's correlation over converged points alone}, `differences`: {"ekfac - lissa": S ...}.
+- `solved`: in its place where no response was measured, with exact solves: `points`, `measurements`, `methods`: METHOD:
+  {`pearson`: S, `spearman`: S, `slope`: S?}, `differences`.
 - `response`: how it was measured: `epsilon`, `linearity`, `gradients`, `tolerance`, `converged`, `facts`, `warnings`.
 - `cost`: `measurements`, `threads`, `methods`: METHOD: {`seconds` and `cpu_seconds`: {`fit`, `solve`, ..., `total`},
   `bytes`, `products`, `residual`, `notes`}.

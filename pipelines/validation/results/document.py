@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from actors.environment import hardware, versions
 from actors.store import Artifact
@@ -18,10 +19,12 @@ from conf.schema import RunConfig, Subject, plain
 from pipelines.runner import StageOutcome
 from pipelines.tracing import publishable, stage_summary
 from pipelines.validation.datasets import SETS
+from pipelines.validation.language.scores import methods_and_curve
 from pipelines.validation.presentation.figures import PAIRS
 from pipelines.validation.responses import RECORD
 from pipelines.validation.results import language, networks
 from pipelines.validation.results.responses import response
+from pipelines.validation.results.solved import solved
 
 Outcomes = Mapping[str, StageOutcome]
 
@@ -67,6 +70,7 @@ def _network(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     found = {
         "model": networks.model(dataset, training, curvature),
         "agreement": agreed,
+        "solved": None if agreed else solved(scored.scores),
         "cost": networks.cost(estimates),
         "response": measured,
         "blocks": networks.blocks(estimates, scored, agreed),
@@ -90,6 +94,9 @@ def _language(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     if responses := record("language_responses", "responses.json"):
         found["agreement"] = language.agreement(responses)
         found["response"] = response(responses)
+    elif "language_solves" in artifacts:
+        methods, _ = methods_and_curve(artifacts)
+        found["solved"] = solved({name: torch.from_numpy(scores_QN) for name, scores_QN in methods.items()})
     found["iterations"] = language.iterations(responses, record("language_datamodels", "datamodels.json"))
     readers = (
         ("language_datamodels", "datamodels", language.datamodels),

@@ -15,10 +15,9 @@ from influence.score_agreement import correlations, mean_interval
 from pipelines.validation.correlation import compare
 from pipelines.validation.presentation.wording import BLOCKS
 from pipelines.validation.responses import RECORD, TENSORS
-from pipelines.validation.results.statistics import Statistic, of_interval, slopes, statistic
+from pipelines.validation.results.statistics import UNSCALED, Statistic, of_interval, slopes, statistic
 
 LADDERS = {"learning_rate": "learning rate", "l2": "L2"}
-UNSCALED = ("identity",)  # without curvature, scores have a scale of their own
 
 
 @dataclass(frozen=True)
@@ -204,6 +203,7 @@ def model(dataset: Mapping[str, Any], training: Mapping[str, Any], curvature: Ma
         ["trained by", _trained_by(training)],
         ["chosen", f"learning rate {chosen['learning_rate']:g}, L2 {chosen['l2']:g}, of {len(training['grid'])} pairs"],
         ["loss", ", ".join(f"{losses[part]:.4g} ({part})" for part in parts)],
+        ["labels", f"{curvature['draws']:,} sampled for each example that EK-FAC is fitted on"],
         ["damping", f"{min(damping):.3g} to {max(damping):.3g} by layer"],
     ]
     if accuracy:

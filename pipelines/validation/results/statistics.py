@@ -12,6 +12,8 @@ from influence.score_agreement import Interval
 
 Statistic = dict[str, Any]
 
+UNSCALED = ("identity", "bm25", "bm25_ekfac", "bm25_ekfac_cg")  # methods whose scores have a scale of their own
+
 
 def statistic(found: Mapping[str, Any] | float | None, interval: Sequence[float] | None = None) -> Statistic:
     """A mean in the one shape.
