@@ -23,7 +23,7 @@ from pipelines.validation.language.responses import response_results
 from pipelines.validation.presentation.figures import figures
 from pipelines.validation.presentation.markdown import terminal
 from pipelines.validation.presentation.sections import sections
-from pipelines.validation.results import language, networks
+from pipelines.validation.results import document, language, networks
 from pipelines.validation.results.document import studies
 from pipelines.validation.results.networks import Scored
 from pipelines.validation.results.responses import response
@@ -286,6 +286,22 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorded]:
         "language_removal": Recorded(removal=about | {"methods": removal.changes(removed, queries)}),
         "tracing": Recorded(tracing=tracing.trace_results(methods, judgements, 20) | {"candidates": 5}),
     }
+
+
+def test_a_language_model_without_a_response_is_compared_with_exact_solves(
+    recorded: dict[str, Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth_QN = np.random.default_rng(3).normal(size=(3, 20))
+    methods = {"identity": truth_QN[:, ::-1].copy(), "ekfac": 2 * truth_QN, "exact": truth_QN}
+    monkeypatch.setattr(document, "methods_and_curve", lambda artifacts: (methods, truth_QN[None]))
+    solves = {"exact": {"seconds": 9.0, "iterations": 1, "residuals": [[0.1]]}}
+    solves["lissa"] = {"seconds": 5.0, "products": 7, "depth": 7, "scale": 0.1, "attempts": 1, "change": 0.01}
+    artifacts = {"language_scores": recorded["language_scores"], "language_solves": Recorded(solves=solves)}
+    config = RunConfig(validation=ValidationConfig(subject=Subject.language))
+    found = studies(config, artifacts)["solved"]  # type: ignore[arg-type]
+    assert list(found["methods"]) == ["identity", "ekfac"]
+    assert found["methods"]["ekfac"]["pearson"]["values"] == pytest.approx([1.0] * 3)
+    assert found["methods"]["ekfac"]["slope"]["values"] == pytest.approx([0.5] * 3)
 
 
 def test_everything_that_a_language_model_records_is_shown(recorded: dict[str, Recorded]) -> None:
