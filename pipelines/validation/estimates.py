@@ -32,9 +32,9 @@ SIZES = "sizes.json"
 def run(context: StageContext) -> StageResult:
     """Write METHOD.safetensors {scores_QP} and METHOD.json of each method, `estimates.json` and `sizes.json`.
 
-    Reads validation.subject, seed, points, measurements, lissa_depth, lissa_batch, largest_blocks and convergence, and
-    factors.cg_iterations; and, of the study of sizes, factors.damping_factor. The steps are `dataset`, `training` and
-    `curvature`.
+    Reads validation.subject, seed, label_draws, points, measurements, lissa_depth, lissa_batch, largest_blocks and
+    convergence, and factors.cg_iterations; and, of the study of sizes, factors.damping_factor. The steps are `dataset`,
+    `training` and `curvature`.
 
     `estimates.json`: `training` N, `points` P, `measurements` Q, `parameters` D, `threads`; `left_out`: methods that
     are too costly for this network, with the reason; `methods`: by name, in the order of the registry, the record of

@@ -148,7 +148,7 @@ def test_rows_are_those_of_the_methods() -> None:
     }
 
 
-def test_without_a_response_agreement_is_with_exact_solves(tmp_path: Path) -> None:
+def test_without_a_response_agreement_is_with_exact_solves() -> None:
     document = network_document()
     studies = document["studies"]
     agreed = studies.pop("agreement")

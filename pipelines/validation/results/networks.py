@@ -12,10 +12,10 @@ from torch import Tensor
 
 from actors.store import Artifact
 from influence.score_agreement import correlations, mean_interval
-from pipelines.validation.correlation import compare
 from pipelines.validation.presentation.wording import BLOCKS
 from pipelines.validation.responses import RECORD, TENSORS
-from pipelines.validation.results.statistics import UNSCALED, Statistic, of_interval, slopes, statistic
+from pipelines.validation.results.solved import with_truth
+from pipelines.validation.results.statistics import Statistic, of_interval, statistic
 
 LADDERS = {"learning_rate": "learning rate", "l2": "L2"}
 
@@ -44,25 +44,15 @@ def agreement(scored: Scored) -> dict[str, Any] | None:
     truth_QP = scored.response_QP
     if truth_QP is None:
         return None
-    found = compare(scored.scores, truth_QP)
+    found = with_truth(scored.scores, truth_QP)
     exact_QP, converged_P = scored.scores.get("exact"), scored.converged_P
     kept = None if converged_P is None or bool(converged_P.all()) or int(converged_P.sum()) < 3 else converged_P
-    methods = {}
     for name, scores_QP in scored.scores.items():
-        methods[name] = {
-            "pearson": statistic(found["methods"][name]["pearson"]),
-            "spearman": statistic(found["methods"][name]["spearman"]),
-            "slope": None if name in UNSCALED else of_interval(mean_interval(slopes(scores_QP, truth_QP), 1e12)),
+        found["methods"][name] |= {
             "exact": None if exact_QP is None else _correlation(scores_QP, exact_QP),
             "converged": None if kept is None else _correlation(scores_QP[:, kept], truth_QP[:, kept]),
         }
-    differences = {name: statistic(value) for name, value in found["differences"].items()}
-    return {
-        "points": found["points"],
-        "measurements": found["measurements"],
-        "methods": methods,
-        "differences": differences,
-    }
+    return found
 
 
 def _correlation(first_QP: Tensor, second_QP: Tensor) -> Statistic:

@@ -22,15 +22,25 @@ def solved(scores: Mapping[str, Tensor]) -> dict[str, Any] | None:
         The study; None without exact solves, or without anything beside them.
     """
     others = {name: scores_QP for name, scores_QP in scores.items() if name != "exact"}
-    if "exact" not in scores or not others:
-        return None
-    exact_QP = scores["exact"]
-    found = compare(others, exact_QP)
+    return with_truth(others, scores["exact"]) if "exact" in scores and others else None
+
+
+def with_truth(scores: Mapping[str, Tensor], truth_QP: Tensor) -> dict[str, Any]:
+    """Correlations, slopes and paired differences of methods, whatever the truth is.
+
+    Args:
+        scores: [Q, P] by method.
+        truth_QP: what they estimate.
+
+    Returns:
+        `points`, `measurements`, `methods`: METHOD: {`pearson`: S, `spearman`: S, `slope`: S?}, `differences`.
+    """
+    found = compare(scores, truth_QP)
     methods = {
         name: {
             "pearson": statistic(record["pearson"]),
             "spearman": statistic(record["spearman"]),
-            "slope": None if name in UNSCALED else of_interval(mean_interval(slopes(others[name], exact_QP), 1e12)),
+            "slope": None if name in UNSCALED else of_interval(mean_interval(slopes(scores[name], truth_QP), 1e12)),
         }
         for name, record in found["methods"].items()
     }
