@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -137,7 +138,10 @@ def test_a_gang_whose_rank_died_is_torn_down_whole(make: Make, tmp_path: Path, h
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_task_that_kills_every_replica_is_named_after_three(make: Make, caplog: pytest.LogCaptureFixture):
@@ -322,7 +326,7 @@ def end(process: subprocess.Popen) -> None:
     """End a process with all that it started."""
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
-        if member.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait(30)
 
