@@ -91,3 +91,11 @@ def test_linear_responses_are_told_from_others():
     found = objectives.linearity(bent, response)
     assert found["worst"] == pytest.approx(0.2)
     assert found["difference"] == pytest.approx(float(0.2 * response[1].norm() / response.norm()))
+
+
+def test_weights_at_which_much_would_change_are_not_tried():
+    size = 100
+    assert objectives.weights_to_try(1.0, size) == [copies / size for copies in objectives.COPIES]
+    some = objectives.weights_to_try(1000.0, size)
+    assert some == [copies / size for copies in objectives.COPIES if copies <= 0.05]
+    assert objectives.weights_to_try(1e9, size) == [copies / size for copies in objectives.COPIES[-2:]]

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,12 +32,13 @@ from pipelines.validation.problem import chosen
 
 POINTS = 1  # tells the draws of a validation's seed apart
 PROBED = 4  # points that linearity is shown on; a multiple of AT_A_TIME, so that none is done twice
-COPIES = (1 / 4, 1 / 16, 1 / 64)  # the weights ε that are tried, in copies: ε = copies / N
+COPIES = tuple(4.0**-rung for rung in range(1, 9))  # the weights ε that are tried, in copies: ε = copies / N
+NATS = 0.5  # of change that EK-FAC predicts for a measurement, beyond which a weight is not tried
 LINEAR = 0.1  # relative difference of responses at ε and at a quarter of it, below which they count as linear
 AT_A_TIME = 2  # points a task
-EVALUATIONS = 80  # gradients of an objective, each over all training sequences
+EVALUATIONS = 320  # gradients of an objective at most, each over all training sequences
 MICRO = 64  # sequences that go through the model together
-OPTIMISER = f"L-BFGS with EK-FAC as its first metric, {EVALUATIONS} gradients over all training sequences"
+OPTIMISER = f"L-BFGS with EK-FAC as its first metric, at most {EVALUATIONS} gradients over all training sequences"
 
 
 def run(context: StageContext) -> StageResult:
@@ -55,7 +57,8 @@ def run(context: StageContext) -> StageResult:
     size = ekfac_QN.shape[1]
     numbers = chosen(settings.points, size, settings.seed, POINTS).tolist()
     added = sorted(set(ekfac_QN.argmax(1).tolist()) - set(numbers))
-    epsilon, linear = _epsilon(context, numbers[:PROBED], size)
+    probed = numbers[:PROBED]
+    epsilon, linear = _epsilon(context, probed, weights_to_try(float(np.abs(ekfac_QN[:, probed]).max()), size))
     found = respond_all(context, [*numbers, *added], epsilon)
     output.write_tensors("responses.safetensors", found)
     query_ids = [query["query_id"] for query in context.inputs["gradients"].read_json("queries.json")]
@@ -192,13 +195,22 @@ def respond_all(context: StageContext, numbers: Sequence[int], epsilon: float) -
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
-def _epsilon(context: StageContext, probed: Sequence[int], size: int) -> tuple[float, dict[str, Any]]:
+def weights_to_try(score: float, size: int) -> list[float]:
+    """The ε among `COPIES` at which |score| · ε is at most `NATS`, descending; always the smallest two.
+
+    Beyond that, what is spent on a minimisation shows no more than that responses are not linear.
+    """
+    small = [copies / size for copies in COPIES if score * copies / size <= NATS]
+    return small if len(small) > 1 else [copies / size for copies in COPIES[-2:]]
+
+
+def _epsilon(context: StageContext, probed: Sequence[int], weights: Sequence[float]) -> tuple[float, dict[str, Any]]:
     """The weight ε that is used, and how linear responses are at it.
 
     Without `validation.epsilon` it is the largest of those tried at which they are, or that which comes nearest.
     """
     given = context.config.validation.epsilon
-    tried = [copies / size for copies in COPIES] if given is None else [given, given / 4]
+    tried = weights if given is None else [given, given / 4]
     rows: list[dict[str, float]] = []
     for larger, smaller in pairwise(tried):
         before, after = (respond_all(context, probed, epsilon)["response_PQ"] for epsilon in (larger, smaller))
@@ -254,7 +266,7 @@ def _convergence(
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """What moves the results beside the inputs."""
-    fixed = {"probed": PROBED, "copies": list(COPIES), "linear": LINEAR, "evaluations": EVALUATIONS}
+    fixed = {"probed": PROBED, "copies": list(COPIES), "nats": NATS, "linear": LINEAR, "evaluations": EVALUATIONS}
     names = ("seed", "points", "epsilon", "pbo_tolerance")
     settings = {name: getattr(config.validation, name) for name in names}
     return settings | fixed | {"damping_factor": config.factors.damping_factor}
