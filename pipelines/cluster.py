@@ -97,7 +97,7 @@ class Cluster:
         remote = ray.remote(function)
         options = {"num_cpus": self.threads, "max_retries": TASK_ATTEMPTS - 1, "scheduling_strategy": "SPREAD"}
         waiting, running = deque(range(len(items))), dict[Any, int]()
-        told = moved = time.monotonic()
+        moved, tell, unlock = time.monotonic(), PATIENCE_SECONDS, STUCK_SECONDS
         try:
             while waiting or running:
                 while waiting and len(running) < self._width():
@@ -105,13 +105,15 @@ class Cluster:
                     bytes_ = self._portion(memory[position]) if memory else None
                     running[remote.options(memory=bytes_, **options).remote(*items[position])] = position
                 ready = self._any(list(running))
+                still = time.monotonic() - moved
                 if ready:
-                    told = moved = time.monotonic()
-                elif time.monotonic() - told >= PATIENCE_SECONDS:
-                    told = time.monotonic()
-                    self._tell(len(running))
-                    if told - moved >= STUCK_SECONDS:
-                        self._unlock()
+                    moved, tell, unlock = time.monotonic(), PATIENCE_SECONDS, STUCK_SECONDS
+                elif still >= unlock:
+                    unlock += PATIENCE_SECONDS
+                    self._unlock()
+                elif still >= tell:
+                    tell *= 2  # of what goes on for long, less and less often
+                    self._tell(len(running), still)
                 for ref in ready:
                     position = running.pop(ref)
                     yield position, _result(ref, function.__name__, position, len(items))
@@ -143,13 +145,15 @@ class Cluster:
         if self._pool is not None and self._pool.held() and not self._cpus_are_free():
             self._let_go(f"no task has ended for {STUCK_SECONDS:g} seconds and no CPUs are free: replicas go")
 
-    def _tell(self, tasks: int) -> None:
+    def _tell(self, tasks: int, seconds: float) -> None:
         rooms = [f"{node['Resources'].get('CPU', 0):g}" for node in _nodes()]
         log.info(
-            "%d tasks of %d CPUs, each on one node, run or wait for them; the nodes have %s CPUs",
+            "none of %d tasks of %d CPUs, each on one node, has ended for %.0f s: they run or wait for CPUs, of which "
+            "the nodes have %s",
             tasks,
             self.threads,
-            ", ".join(rooms) or "no",
+            seconds,
+            ", ".join(rooms) or "none",
         )
 
     def make_room(self) -> None:
