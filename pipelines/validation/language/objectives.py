@@ -33,7 +33,7 @@ from pipelines.validation.problem import chosen
 POINTS = 1  # tells the draws of a validation's seed apart
 PROBED = 4  # points that linearity is shown on; a multiple of AT_A_TIME, so that none is done twice
 COPIES = tuple(4.0**-rung for rung in range(1, 9))  # the weights ε that are tried, in copies: ε = copies / N
-NATS = 0.5  # of change that EK-FAC predicts for a measurement, beyond which a weight is not tried
+NATS = 2.0  # of change that EK-FAC predicts for a measurement, beyond which a weight is not tried; it exaggerates
 LINEAR = 0.1  # relative difference of responses at ε and at a quarter of it, below which they count as linear
 AT_A_TIME = 2  # points a task
 EVALUATIONS = 320  # gradients of an objective at most, each over all training sequences
