@@ -309,7 +309,8 @@ class ValidationConfig:
     points: int = 500  # training points (sequences) whose influence is compared with a measured response
     measurements: int = 10  # test points (queries) whose measurement responds
     epochs: int = 100  # of training by SGD
-    pbo_steps: int = 12  # Gauss-Newton steps at most for each proximal Bregman objective; 0 measures no response
+    pbo_steps: int = 12  # Gauss-Newton steps at most, for each objective of a network; 0 measures no response
+    pbo_gradients: int = 320  # at most, for each objective of a language model, over all training sequences
     pbo_tolerance: float = 0.05  # relative gradient above which an objective counts as not converged
     epsilon: float | None = None  # weight of the added point; None takes the largest at which responses are linear
     label_draws: int = 1  # labels that EK-FAC samples for a training example; more for classifiers that know theirs

@@ -134,6 +134,7 @@ LIMITS: Mapping[str, Limit] = {
     "validation.measurements": at_least(1),
     "validation.epochs": at_least(1),
     "validation.pbo_steps": at_least(0),
+    "validation.pbo_gradients": at_least(1),
     "validation.pbo_tolerance": above(0),
     "validation.epsilon": above(0),
     "validation.lissa_depth": at_least(1),

@@ -36,14 +36,14 @@ class Descended:
 
     Attributes:
         position_P: x.
-        halfway_P: x after half of the evaluations.
+        earlier_P: x after a quarter to a half of the evaluations.
         error: the relative gradient √(gᵀ M⁻¹ g / g₀ᵀ M⁻¹ g₀), g₀ the first; in the norm of M⁻¹, and not the Euclidean
             one, so that directions of little curvature count for what they move.
         evaluations: gradients that were taken, the first one among them.
     """
 
     position_P: Tensor
-    halfway_P: Tensor
+    earlier_P: Tensor
     error: float
     evaluations: int
 
@@ -59,11 +59,12 @@ def descend(gradient: Gradient, inverse: Inverse, start_P: Tensor, evaluations: 
         tolerance: of `Descended.error`, at which it stops.
     """
     path = _Path(gradient, inverse, start_P)
-    halfway_P = start_P
+    passed = [(0, start_P), (1, start_P)]  # at evaluations that double
     while path.evaluations < evaluations and path.error() > tolerance and path.step():
-        if path.evaluations <= evaluations // 2:
-            halfway_P = path.position_P
-    return Descended(path.position_P, halfway_P, path.error(), path.evaluations)
+        if path.evaluations >= 2 * passed[-1][0]:
+            passed = [passed[-1], (path.evaluations, path.position_P)]
+    earlier_P = next(x_P for count, x_P in reversed(passed) if 2 * count <= path.evaluations)
+    return Descended(path.position_P, earlier_P, path.error(), path.evaluations)
 
 
 class _Path:

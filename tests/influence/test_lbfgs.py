@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from influence.lbfgs import descend
+from influence.lbfgs import Descended, descend
 
 
 def quadratic(size: int = 40, condition: float = 1e4) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,6 +41,19 @@ def test_the_error_is_the_gradient_that_is_left_in_the_norm_of_the_metric():
     assert not bool(nothing.position_P.any())
 
 
+@pytest.mark.parametrize("evaluations", [7, 20, 45])
+def test_where_it_was_earlier_is_where_fewer_gradients_lead(evaluations: int):
+    matrix, inverse, right = quadratic()
+
+    def descended(most: int) -> Descended:
+        start = torch.zeros(40, dtype=torch.float64)
+        return descend(lambda x: matrix @ x + right, lambda g: inverse @ g, start, most, 0.0)
+
+    found = descended(evaluations)
+    counts = [count for count in range(1, evaluations) if torch.equal(descended(count).position_P, found.earlier_P)]
+    assert found.evaluations / 4 - 2 <= min(counts) <= found.evaluations / 2
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3])
 def test_curved_objectives_are_minimised_from_a_metric_of_the_wrong_scale(scale: float):
     """log cosh along ill-conditioned axes; its gradient saturates, so that steps that are too long are of no use."""
@@ -61,4 +74,4 @@ def test_a_gradient_that_is_no_number_ends_the_descent_where_it_was():
     found = descend(lambda x: torch.ones_like(x) if x is start else x * torch.nan, lambda g: g, start, 50, 0.0)
     assert found.error == 1
     assert found.position_P is start
-    assert found.halfway_P is start
+    assert found.earlier_P is start

@@ -30,6 +30,7 @@ VALIDATION = ValidationConfig(
     subject=Subject.almanac,
     points=5,
     epsilon=0.02,
+    pbo_gradients=12,
     lissa_depth=4,
     lissa_batch=8,
     subsets=4,
@@ -87,7 +88,6 @@ def small() -> Iterator[None]:
     """Few iterations, steps, draws and resamples."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solves, "ITERATIONS", 3)
-        patch.setattr(objectives, "EVALUATIONS", 12)
         patch.setattr(additions, "STEPS", (1, 3))
         patch.setattr(scale, "STEPS", (1, 3))
         patch.setattr(additions, "RANDOM", 2)

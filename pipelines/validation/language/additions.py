@@ -20,7 +20,7 @@ from torch import Tensor
 from actors.store import Artifact
 from conf.schema import RunConfig
 from pipelines.steps import StageContext, StageResult
-from pipelines.validation.language.objectives import EVALUATIONS, respond_all
+from pipelines.validation.language.objectives import respond_all
 from pipelines.validation.language.problem import FITTED, LanguageProblem, load_problem
 
 RANDOM = 10  # of the points of `language_objectives` that are added; the sequences of highest score are too
@@ -34,7 +34,8 @@ def run(context: StageContext) -> StageResult:
 
     response_PQ: N times the change by the objective at ε = 1/N, gradient_P how far it is minimised; change_CQP: how
     much higher the measurement is than without the sequence, trained on; places_P: where the sequences stand in
-    `language_objectives`. Reads of the config: `validation.seed`, `.pbo_tolerance`, `factors.damping_factor`.
+    `language_objectives`. Reads of the config: `validation.seed`, `.pbo_gradients`, `.pbo_tolerance`, and
+    `factors.damping_factor`.
     """
     objectives = context.inputs["language_objectives"]
     random = objectives.read_json("objectives.json")["points"]
@@ -129,5 +130,5 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "steps": list(STEPS),
         "rate": RATE,
         "batch": BATCH,
-        "evaluations": EVALUATIONS,
+        "gradients": config.validation.pbo_gradients,
     }

@@ -41,8 +41,8 @@ from pipelines.validation.language.subject import specs_of
 VERSIONS = {
     "language_scores": 1,
     "language_solves": 1,
-    "language_objectives": 1,
-    "language_additions": 1,
+    "language_objectives": 2,
+    "language_additions": 2,
     "language_responses": 1,
     "scale": 1,
     "language_halves": 1,

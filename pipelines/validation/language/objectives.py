@@ -36,9 +36,7 @@ COPIES = tuple(4.0**-rung for rung in range(1, 9))  # the weights ε that are tr
 NATS = 2.0  # of change that EK-FAC predicts for a measurement, beyond which a weight is not tried; it exaggerates
 LINEAR = 0.1  # relative difference of responses at ε and at a quarter of it, below which they count as linear
 AT_A_TIME = 2  # points a task
-EVALUATIONS = 320  # gradients of an objective at most, each over all training sequences
 MICRO = 64  # sequences that go through the model together
-OPTIMISER = f"L-BFGS with EK-FAC as its first metric, at most {EVALUATIONS} gradients over all training sequences"
 
 
 def run(context: StageContext) -> StageResult:
@@ -47,10 +45,11 @@ def run(context: StageContext) -> StageResult:
     The tensors, as of `responses_to` with the `seconds` of each task, hold the P random points first, then the sequence
     with the highest EK-FAC score of each query, which enter the scale of scores and no correlation. The JSON: `points`
     P, `measurements` Q, `numbers`, `added`, `queries`, `optimiser` (in words), `steps` (gradients at most), `batch`
-    (N), `epsilon`, `linearity` and `convergence` (as those of `pipelines.validation.responses`; `halfway` is after half
-    of the gradients), `seconds` of all tasks together.
+    (N), `epsilon`, `linearity` and `convergence` (as those of `pipelines.validation.responses`; `halfway` is after a
+    quarter to a half of the gradients, `setting` what more of them is asked by), `seconds` of all tasks together.
 
-    Reads of the config: `validation.seed`, `.points`, `.pbo_tolerance`, `.epsilon`, and `factors.damping_factor`.
+    Reads of the config: `validation.seed`, `.points`, `.pbo_gradients`, `.pbo_tolerance`, `.epsilon`, and
+    `factors.damping_factor`.
     """
     settings, output = context.config.validation, context.artifact
     ekfac_QN = read_scores(context.inputs["scores"]).scores_QN
@@ -68,8 +67,9 @@ def run(context: StageContext) -> StageResult:
         "numbers": numbers,
         "added": added,
         "queries": query_ids,
-        "optimiser": OPTIMISER,
-        "steps": EVALUATIONS,
+        "optimiser": f"L-BFGS with EK-FAC as its first metric, at most {settings.pbo_gradients} gradients over all "
+        "training sequences",
+        "steps": settings.pbo_gradients,
         "batch": size,
         "epsilon": epsilon,
         "linearity": linear,
@@ -126,9 +126,9 @@ class Objective:
         vectors, states = self.vectors(gradient_P), self._problem.states
         return self.flat({name: precondition(states[name], value) for name, value in vectors.items()})
 
-    def minimise(self, point: Batch, tolerance: float) -> Descended:
-        """Descend from θˢ."""
-        return descend(lambda u: self.gradient(u, point), self.inverse, self.start_P, EVALUATIONS, tolerance)
+    def minimise(self, point: Batch, evaluations: int, tolerance: float) -> Descended:
+        """Descend from θˢ, by so many gradients at most."""
+        return descend(lambda u: self.gradient(u, point), self.inverse, self.start_P, evaluations, tolerance)
 
     def vectors(self, flat_P: Tensor) -> Vectors:
         """By layer, [1, O, I]."""
@@ -144,11 +144,11 @@ class Objective:
 
 
 def responses_to(
-    problem: LanguageProblem, numbers: Sequence[int], epsilon: float, tolerance: float
+    problem: LanguageProblem, numbers: Sequence[int], epsilon: float, evaluations: int, tolerance: float
 ) -> dict[str, Tensor]:
-    """Responses of all queries to some sequences: response_PQ, halfway_PQ, numbers_P, gradient_P, evaluations_P."""
+    """Responses of all queries to some sequences: response_PQ, earlier_PQ, numbers_P, gradient_P, evaluations_P."""
     objective = Objective(problem, epsilon)
-    found = [objective.minimise(problem.draw(torch.tensor([number])), tolerance) for number in numbers]
+    found = [objective.minimise(problem.draw(torch.tensor([number])), evaluations, tolerance) for number in numbers]
 
     def measure(flat: Sequence[Tensor]) -> Tensor:
         stacked = [objective.vectors(one) for one in flat]
@@ -157,7 +157,7 @@ def responses_to(
 
     return {
         "response_PQ": measure([one.position_P for one in found]),
-        "halfway_PQ": measure([one.halfway_P for one in found]),
+        "earlier_PQ": measure([one.earlier_P for one in found]),
         "numbers_P": torch.tensor(numbers),
         "gradient_P": torch.tensor([one.error for one in found], dtype=torch.float64),
         "evaluations_P": torch.tensor([one.evaluations for one in found]),
@@ -174,7 +174,8 @@ def respond_to(
 ) -> None:
     """Write `NAME`.safetensors: responses of all queries to some sequences, with the `seconds` that they took."""
     begun = time.perf_counter()
-    tensors = responses_to(load_problem(config, fitted), numbers, epsilon, config.validation.pbo_tolerance)
+    limits = config.validation.pbo_gradients, config.validation.pbo_tolerance
+    tensors = responses_to(load_problem(config, fitted), numbers, epsilon, *limits)
     seconds = torch.tensor([time.perf_counter() - begun], dtype=torch.float64)
     output.write_tensors(f"{name}.safetensors", tensors | {"seconds": seconds})
 
@@ -253,20 +254,21 @@ def _convergence(
     found: Mapping[str, Tensor], points: int, tolerance: float, query_ids: Sequence[str]
 ) -> dict[str, Any]:
     """Relative gradients at the end, and how half of the steps compares with all of them, on the random points."""
-    halfway_QP, measured_QP = (found[name][:points].numpy().T for name in ("halfway_PQ", "response_PQ"))
+    earlier_QP, measured_QP = (found[name][:points].numpy().T for name in ("earlier_PQ", "response_PQ"))
     return {
         "tolerance": tolerance,
         "gradients": found["gradient_P"].tolist(),
         "converged": int((found["gradient_P"] <= tolerance).sum()),
         "bound": False,
-        "halfway": over_queries(correlations(halfway_QP, measured_QP), query_ids)["mean"],
+        "setting": "validation.pbo_gradients",
+        "halfway": over_queries(correlations(earlier_QP, measured_QP), query_ids)["mean"],
         "products": found["evaluations_P"].tolist(),
     }
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """What moves the results beside the inputs."""
-    fixed = {"probed": PROBED, "copies": list(COPIES), "nats": NATS, "linear": LINEAR, "evaluations": EVALUATIONS}
-    names = ("seed", "points", "epsilon", "pbo_tolerance")
+    fixed = {"probed": PROBED, "copies": list(COPIES), "nats": NATS, "linear": LINEAR}
+    names = ("seed", "points", "epsilon", "pbo_gradients", "pbo_tolerance")
     settings = {name: getattr(config.validation, name) for name in names}
     return settings | fixed | {"damping_factor": config.factors.damping_factor}

@@ -22,6 +22,7 @@ def response(found: Mapping[str, Any]) -> dict[str, Any]:
         "tolerance": convergence["tolerance"],
         "converged": convergence["converged"],
         "halfway": convergence["halfway"],
+        "setting": convergence.get("setting", "validation.pbo_steps"),
     }
     return study | {"facts": _facts(found, study), "warnings": _warnings(study)}
 
@@ -66,7 +67,7 @@ def _not_minimised(study: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"The objective of {failed:,} of {len(gradients):,} points was not minimised: their gradients at the end are "
-        f"above {study['tolerance']:g} of the added point’s. More steps (validation.pbo_steps) may help."
+        f"above {study['tolerance']:g} of the added point’s. More steps ({study['setting']}) may help."
     )
 
 
