@@ -24,6 +24,7 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "measurements": (3, MEASURED),
     "epochs": (7, ALL - {"dataset"}),
     "pbo_steps": (7, {"responses"}),
+    "pbo_gradients": (7, set()),
     "pbo_tolerance": (0.5, {"responses"}),
     "epsilon": (0.1, {"responses"}),
     "label_draws": (3, MEASURED | {"curvature"}),
