@@ -20,7 +20,7 @@ POINTS = (1, 4)
 def test_responses_to_little_weight_are_the_influences_of_the_dense_matrix(name: str):
     case, rows = CASES[name](blocks=1), sequences(7)
     problem = problem_of(case, rows)
-    found = objectives.responses_to(problem, POINTS, 1e-6, 400, 1e-8)
+    found = objectives.responses_to(problem, POINTS, epsilon=1e-6, evaluations=400, tolerance=1e-8)
     matrix = dense(case, rows)
     right = flat(case, gradient_of(case, problem, torch.tensor(QUERY.input_ids), QUERY.first_measured))
     answer = torch.linalg.solve(matrix + 0.3 * torch.eye(len(matrix), dtype=torch.float64), right.T)
@@ -36,11 +36,12 @@ def test_responses_to_much_weight_are_those_of_another_minimisation(name: str):
     case, rows = CASES[name](blocks=1), sequences(5)
     problem = problem_of(case, rows)
     epsilon = 0.2
-    found = objectives.responses_to(problem, [3], epsilon, 400, 1e-8)["response_PQ"]
+    found = objectives.responses_to(problem, [3], epsilon, evaluations=400, tolerance=1e-8)["response_PQ"]
     before = float(problem.measure(problem.network))
     minimise_by_torch(case, problem, rows, 3, epsilon)
     expected = (float(problem.measure(problem.network)) - before) / epsilon
-    linear = objectives.responses_to(problem_of(CASES[name](blocks=1), rows), [3], 1e-6, 400, 1e-8)["response_PQ"]
+    again = problem_of(CASES[name](blocks=1), rows)
+    linear = objectives.responses_to(again, [3], 1e-6, evaluations=400, tolerance=1e-8)["response_PQ"]
     assert float(found) == pytest.approx(expected, rel=1e-4)
     assert abs(float(linear) - expected) > 0.01 * abs(expected)  # it is not linear there
 

@@ -28,11 +28,12 @@ from pipelines.steps import StageContext, StageResult
 from pipelines.validation.language.intervals import correlations, over_queries
 from pipelines.validation.language.problem import FITTED, LanguageProblem, load_problem
 from pipelines.validation.language.variants import read_scores
+from pipelines.validation.linearity import FACTOR, RUNGS
 from pipelines.validation.problem import chosen
 
 POINTS = 1  # tells the draws of a validation's seed apart
 PROBED = 4  # points that linearity is shown on; a multiple of AT_A_TIME, so that none is done twice
-COPIES = tuple(4.0**-rung for rung in range(1, 9))  # the weights ε that are tried, in copies: ε = copies / N
+COPIES = tuple(1 / FACTOR**rung for rung in range(1, RUNGS))  # the weights ε that are tried, in copies: ε = copies / N
 NATS = 2.0  # of change that EK-FAC predicts for a measurement, beyond which a weight is not tried; it exaggerates
 LINEAR = 0.1  # relative difference of responses at ε and at a quarter of it, below which they count as linear
 AT_A_TIME = 2  # points a task
@@ -211,7 +212,7 @@ def _epsilon(context: StageContext, probed: Sequence[int], weights: Sequence[flo
     Without `validation.epsilon` it is the largest of those tried at which they are, or that which comes nearest.
     """
     given = context.config.validation.epsilon
-    tried = weights if given is None else [given, given / 4]
+    tried = weights if given is None else [given, given / FACTOR]
     rows: list[dict[str, float]] = []
     for larger, smaller in pairwise(tried):
         before, after = (respond_all(context, probed, epsilon)["response_PQ"] for epsilon in (larger, smaller))
